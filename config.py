@@ -1,0 +1,108 @@
+"""The settings of a network and of a training run. Nothing is computed here.
+
+A field with a help text in its metadata is an option of `train.py`, so that each default stands in one place.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+T = 1000  # diffusion steps, DDPM section 4
+
+
+def option(default, help, **argparse_settings):
+    """A dataclass field that `train.py` offers on its command line."""
+    return field(default=default, metadata={"help": help, **argparse_settings})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a `DiT`; it travels inside the checkpoint. ValueError for sizes that do not divide."""
+
+    image_size: int = 28
+    patch_size: int = option(4, "side of a square patch; must divide the image side, 28")
+    in_channels: int = 1
+    hidden_size: int = option(64, "width of a token; a multiple of 4 and of the number of heads")
+    depth: int = option(3, "number of blocks")
+    num_heads: int = option(4, "attention heads a block")
+    mlp_ratio: float = option(4.0, "hidden width of a block's MLP over the width of a token")
+    num_classes: int = 10
+    class_dropout_prob: float = option(0.1, "share of training labels replaced by the null class, for guidance")
+    learn_sigma: bool = False
+    # The paper's 0.02 suits widths from 384 up; at width 64 it leaves the conditioning almost silent for thousands of
+    # steps. README, "Where we differ from the paper", has the measurement.
+    label_init_std: float = option(1.0, "standard deviation of the initial label embeddings; the paper has 0.02")
+    time_init_std: float = option(0.1, "standard deviation of the initial time MLP's weights; the paper has 0.02")
+
+    def __post_init__(self):
+        for name in ("image_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        _require(self.image_size % self.patch_size == 0,
+                 f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
+        _require(self.hidden_size % self.num_heads == 0,
+                 f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
+        _require(self.hidden_size % 4 == 0,
+                 f"hidden_size {self.hidden_size} is not a multiple of 4, which the 2-D position table needs")
+        _require(0 < self.mlp_ratio < math.inf and int(self.hidden_size * self.mlp_ratio) >= 1,
+                 f"mlp_ratio {self.mlp_ratio} leaves the MLP of a block no hidden unit, or no finite number of them")
+        _require(0 <= self.class_dropout_prob <= 1,
+                 f"class_dropout_prob must lie in [0, 1], not {self.class_dropout_prob}")
+        for name in ("label_init_std", "time_init_std"):
+            _require(0 <= getattr(self, name) < math.inf, f"{name} must be finite and not negative")
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the network's output: eps, and with learn_sigma as many again (DiT section 3.2)."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe of a training run. ValueError for values out of range."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    epochs: int = option(500, "passes over the training images")
+    batch_size: int = option(300, "images a step; the rest of an epoch that fills no batch is left out")
+    loss: str = option("l1", "distance between the noise and its prediction; the papers have mse", choices=("l1", "mse"))
+    optimizer: str = option("adamw", "AdamW without weight decay for all, or Muon for the matrices of the blocks",
+                            choices=("adamw", "muon"))
+    lr: float = option(1e-3, "learning rate after the warm-up")
+    lr_schedule: str = option("constant", "what follows the warm-up: the same rate, or a cosine down to zero at the end",
+                              choices=("constant", "cosine"))
+    warmup_steps: int = option(0, "steps in which the learning rate grows linearly from zero")
+    ema_decay: float = option(0.9999, "decay of the average of the weights that samples are drawn from")
+    seed: int = option(0, "of the initial weights, the shuffle, t, the noise and the dropped labels")
+    limit: int = option(0, "use the first LIMIT images of each split only; 0 for all")
+    data_dir: str = option("mnist", "folder that holds MNIST/raw/ with the four archives")
+    checkpoint: str = option("model.pth", "file for the weights; loss.csv and loss.png go beside it")
+    checkpoint_every: int = option(1000, "steps between two writes of the checkpoint")
+    device: str = option("auto", "cpu, cuda, mps, ...; auto takes a GPU when there is one")
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("warmup_steps", "limit"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, and is {getattr(self, name)}")
+        _require(0 <= self.seed < 2**63, f"seed must lie in [0, 2^63), not {self.seed}")
+        _require(0 < self.lr < math.inf, f"lr must be positive and finite, not {self.lr}")
+        _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), not {self.ema_decay}")
+        for name, choices in (("loss", ("l1", "mse")), ("optimizer", ("adamw", "muon")),
+                              ("lr_schedule", ("constant", "cosine"))):
+            _require(getattr(self, name) in choices, f"{name} must be one of {choices}, not {getattr(self, name)!r}")
+
+
+def pick_device(name: str = "auto"):
+    """The torch.device of that name; "auto" is a GPU when there is one, else Apple's, else the CPU. ValueError if absent."""
+    import torch  # here, since the settings themselves need no torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ValueError(sentence)

@@ -1,0 +1,173 @@
+"""The diffusion: forward process, loss and reverse process (DDPM, Ho et al. 2020; DDIM, Song et al. 2020).
+
+Time is counted from 0 in the code: t = 0, ..., T-1 here is t = 1, ..., T in the papers. A model is any callable
+eps_hat = model(x_t, t, y) with x_t: (N, C, H, W), t: (N,) ints in [0, T), y: (N,) class labels.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def guided(model: Model, guidance: float, null_class: int) -> Model:
+    """Classifier-free guidance of every channel (CFG eq. 6 with guidance = 1 + w; DiT section 3.1, "s").
+
+    eps_hat = eps(null) + guidance * (eps(y) - eps(null)): 1 is the plain conditional model, 0 the unconditional one.
+    """
+
+    def conditional_and_null(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        null = torch.full_like(y, null_class)
+        eps_y, eps_null = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
+        return eps_null + guidance * (eps_y - eps_null)
+
+    if guidance == 1:
+        return model  # the two cases that need one evaluation a step, not two
+    if guidance == 0:
+        return lambda x_t, t, y: model(x_t, t, torch.full_like(y, null_class))
+    return conditional_and_null
+
+
+class GaussianDiffusion:
+    """The chain q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I) and its approximate reversal.
+
+    The schedule is kept in float64 and is cast to the dtype of the images where it meets them.
+    """
+
+    def __init__(self, num_timesteps: int = 1000):
+        if num_timesteps < 1:
+            raise ValueError(f"a diffusion needs at least 1 timestep, not {num_timesteps}")
+        beta = torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64)  # DDPM section 4
+        self._set_schedule(beta, timesteps=torch.arange(num_timesteps))
+
+    def _set_schedule(self, beta: Tensor, timesteps: Tensor) -> None:
+        self.timesteps = timesteps  # what the network is told: differs from 0, 1, 2, ... in a respaced chain only
+        self.beta = beta
+        self.alpha = 1 - beta
+        self.alpha_bar = torch.cumprod(self.alpha, dim=0)
+        self.alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])  # x_0 has no noise
+        self.beta_tilde = beta * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)  # DDPM eq. 7
+
+    def __len__(self) -> int:
+        return len(self.beta)
+
+    def respaced(self, steps: int) -> "GaussianDiffusion":
+        """The same process seen at `steps` of its times only, evenly spaced and with the last (iDDPM section 4).
+
+        ValueError unless 1 <= steps <= T.
+        """
+        if not 1 <= steps <= len(self):
+            raise ValueError(f"the number of sampling steps must lie in [1, {len(self)}], not {steps}")
+        if steps == len(self):
+            return self
+        kept = (torch.arange(1, steps + 1, dtype=torch.float64) * len(self) / steps).round().long() - 1
+        alpha_bar = self.alpha_bar[kept]
+        alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        chain = copy.copy(self)
+        chain._set_schedule(1 - alpha_bar / alpha_bar_prev, timesteps=self.timesteps[kept])
+        return chain
+
+    # Forward process
+
+    def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM eq. 4). x_0, eps: (N, C, H, W); t: (N,)."""
+        return _at(self.alpha_bar.sqrt(), t, x_0) * x_0 + _at((1 - self.alpha_bar).sqrt(), t, x_0) * eps
+
+    def predict_x_0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_0 from x_t and eps: eq. 4 solved for x_0 (DDPM eq. 15)."""
+        return (x_t - _at((1 - self.alpha_bar).sqrt(), t, x_t) * eps) / _at(self.alpha_bar.sqrt(), t, x_t)
+
+    def predict_eps(self, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
+        """eps from x_t and x_0: eq. 4 solved for eps."""
+        return (x_t - _at(self.alpha_bar.sqrt(), t, x_t) * x_0) / _at((1 - self.alpha_bar).sqrt(), t, x_t)
+
+    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (N, C, H, W) and variance (N, 1, 1, 1) of q(x_t-1 | x_t, x_0) (DDPM eq. 6 and 7)."""
+        x_0_weight = self.alpha_bar_prev.sqrt() * self.beta / (1 - self.alpha_bar)
+        x_t_weight = self.alpha.sqrt() * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+        mean = _at(x_0_weight, t, x_t) * x_0 + _at(x_t_weight, t, x_t) * x_t
+        return mean, _at(self.beta_tilde, t, x_t)
+
+    # Training
+
+    def loss(self, model: Model, x_0: Tensor, y: Tensor, kind: Literal["l1", "mse"] = "l1", *,
+             t: Tensor | None = None, eps: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Distance between eps and its prediction, one t an image (DDPM Algorithm 1; eq. 14 for "mse").
+
+        x_0: (N, C, H, W) in [-1, 1]; y: (N,). t ~ U{0, ..., T-1} and eps ~ N(0, I) are drawn unless given. A scalar.
+        """
+        if t is None:
+            t = torch.randint(len(self), (len(x_0),), generator=generator, device=x_0.device)
+        if eps is None:
+            eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+        eps_hat = model(self.q_sample(x_0, t, eps), t, y)
+        return F.l1_loss(eps_hat, eps) if kind == "l1" else F.mse_loss(eps_hat, eps)
+
+    # Reverse process
+
+    def ddpm_step(self, x_t: Tensor, t: Tensor, eps_hat: Tensor, z: Tensor, clip: bool = True) -> Tensor:
+        """x_t-1 ~ N(mu(x_t, t), beta_tilde_t I) from x_t (DDPM Algorithm 2, line 4); z ~ N(0, I), not used at t = 0.
+
+        mu is written as eq. 6 at the predicted x_0, which equals eq. 11 but lets x_0 be clipped to the range of images.
+        x_t itself has no such range: clipping it would cut off the tails of the noise.
+        """
+        x_0_hat = self.predict_x_0(x_t, t, eps_hat)
+        if clip:
+            x_0_hat = x_0_hat.clamp(-1, 1)
+        mean, variance = self.q_posterior(x_0_hat, x_t, t)  # the variance is 0 at t = 0
+        return mean + variance.sqrt() * z
+
+    def ddim_step(self, x_t: Tensor, t: Tensor, eps_hat: Tensor, z: Tensor, clip: bool = True, eta: float = 0.0) -> Tensor:
+        """x_t-1 from x_t (DDIM eq. 12). eta = 0 is deterministic, eta = 1 has DDPM's variance; z ~ N(0, I)."""
+        x_0_hat = self.predict_x_0(x_t, t, eps_hat)
+        if clip:
+            x_0_hat = x_0_hat.clamp(-1, 1)
+            eps_hat = self.predict_eps(x_t, t, x_0_hat)  # so that x_0_hat and eps_hat still make up x_t
+        variance = eta**2 * self.beta_tilde  # DDIM eq. 16
+        direction = (1 - self.alpha_bar_prev - variance).sqrt()  # both terms are 0 at t = 0: the last step gives x_0_hat
+        return (_at(self.alpha_bar_prev.sqrt(), t, x_t) * x_0_hat
+                + _at(direction, t, x_t) * eps_hat + _at(variance.sqrt(), t, x_t) * z)
+
+    def ddpm_sample(self, model: Model, shape: tuple[int, ...], y: Tensor, *, steps: int | None = None,
+                    generator: torch.Generator | None = None, x_T: Tensor | None = None, clip: bool = True,
+                    on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
+        """Ancestral sampling, x_T ~ N(0, I) down to x_0 (DDPM Algorithm 2), in all T steps or in `steps` respaced ones.
+
+        shape: (N, C, H, W); y: (N,) labels, whose device is used; x_T: the starting noise, if it is given.
+        on_step(t, x_t) is shown every image on the way, from x_T with t = T to the result with t = 0 (the paper's t).
+        Returns (N, C, H, W).
+        """
+        chain = self.respaced(steps or len(self))
+        return chain._sample(chain.ddpm_step, model, shape, y, generator, x_T, on_step, clip=clip)
+
+    def ddim_sample(self, model: Model, shape: tuple[int, ...], y: Tensor, *, steps: int = 50, eta: float = 0.0,
+                    generator: torch.Generator | None = None, x_T: Tensor | None = None, clip: bool = True,
+                    on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
+        """DDIM sampling (DDIM section 4.2) in `steps` of the T steps; the rest as in `ddpm_sample`. eta in [0, 1]."""
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], not {eta}")
+        chain = self.respaced(steps)
+        return chain._sample(chain.ddim_step, model, shape, y, generator, x_T, on_step, clip=clip, eta=eta)
+
+    @torch.no_grad()
+    def _sample(self, step, model, shape, y, generator, x_T, on_step, **step_settings) -> Tensor:
+        x_t = torch.randn(shape, generator=generator, device=y.device) if x_T is None else x_T
+        for t in reversed(range(len(self))):
+            if on_step:
+                on_step(int(self.timesteps[t]) + 1, x_t)
+            eps_hat = model(x_t, self.timesteps[t].to(y.device).expand(len(y)), y)
+            z = torch.randn(shape, generator=generator, device=y.device, dtype=x_t.dtype)
+            x_t = step(x_t, torch.full_like(y, t), eps_hat, z, **step_settings)
+        if on_step:
+            on_step(0, x_t)
+        return x_t
+
+
+def _at(values: Tensor, t: Tensor, images: Tensor) -> Tensor:
+    """values[t] for each image, (N, 1, 1, 1), in the images' dtype and on their device."""
+    return values.to(images.dtype).to(images.device)[t].reshape(-1, 1, 1, 1)  # cast first: Apple's GPUs lack float64

@@ -1,0 +1,132 @@
+"""The Diffusion Transformer: patchify, N blocks, final layer, unpatchify (DiT section 3.2 and Figure 3).
+
+Names and shapes of the parameters are those of the paper's released checkpoints.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from config import ModelConfig
+from dit_block import DiTBlock, modulate
+from time_emb import TimestepEmbedder
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images into squares, row by row (DiT Figure 4). (N, C, H, W) -> (N, L, p*p*C), the channel last in a patch."""
+    N, C, H, W = images.shape
+    p = patch_size
+    patches = images.reshape(N, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)  # (N, H/p, W/p, p, p, C)
+    return patches.reshape(N, (H // p) * (W // p), p * p * C)
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """The inverse of `patchify` for square images. (N, L, p*p*C) -> (N, C, H, W) with H = W = p * sqrt(L)."""
+    N, L, patch_values = patches.shape
+    p, side = patch_size, int(L**0.5)
+    C = patch_values // (p * p)
+    images = patches.reshape(N, side, side, p, p, C).permute(0, 5, 1, 3, 2, 4)  # (N, C, side, p, side, p)
+    return images.reshape(N, C, side * p, side * p)
+
+
+def position_table(hidden_size: int, side: int) -> Tensor:
+    """Fixed 2-D sine-cosine embedding of the patches of a side x side grid (as in MAE, He et al. 2021). (side^2, D).
+
+    The first half of the channels encodes the column, the second half the row; each half is sines, then cosines,
+    with omega_i = 10000^(-i / (D/4)).
+    """
+    quarter = hidden_size // 4
+    omega = 10_000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, D/4)
+    one_axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, D/2)
+    column = one_axis[None, :, :].expand(side, side, -1)
+    row = one_axis[:, None, :].expand(side, side, -1)
+    return torch.cat([column, row], dim=2).reshape(side * side, hidden_size).float()
+
+
+class PatchEmbed(nn.Module):
+    """One linear map for all patches. (N, C, H, W) -> (N, L, D).
+
+    `proj` is kept as the strided convolution that it is in released checkpoints, and applied as the product it equals.
+    """
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, C, p, p) -> (D, p*p*C), as patchify orders them
+        return F.linear(patchify(images, self.patch_size), weight, self.proj.bias)
+
+
+class LabelEmbedder(nn.Module):
+    """y: (N,) ints in [0, num_classes] -> (N, D). Row `num_classes` is the null class of classifier-free guidance."""
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
+        super().__init__()
+        self.null_class = num_classes
+        self.dropout_prob = dropout_prob
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.training and self.dropout_prob > 0:  # CFG Algorithm 1, line 3
+            dropped = torch.rand(y.shape, device=y.device) < self.dropout_prob
+            y = torch.where(dropped, self.null_class, y)
+        return self.embedding_table(y)
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm, then a linear map to the values of a patch. x: (N, L, D), c: (N, D) -> (N, L, p*p*C_out)."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """eps_theta(x_t, t, y), the noise predictor."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        D, p = config.hidden_size, config.patch_size
+        self.x_embedder = PatchEmbed(p, config.in_channels, D)
+        self.t_embedder = TimestepEmbedder(D)
+        self.y_embedder = LabelEmbedder(config.num_classes, D, config.class_dropout_prob)
+        self.register_buffer("pos_embed", position_table(D, config.image_size // p)[None])  # (1, L, D), not trained
+        self.blocks = nn.ModuleList(DiTBlock(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.final_layer = FinalLayer(D, p, config.out_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Every initial value of the network (DiT section 3.2, "adaLN-Zero block", and the paper's released code)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: the convolution as the Linear it is
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=self.config.label_init_std)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=self.config.time_init_std)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=self.config.time_init_std)
+        # Zero gates make each block the identity; the zero final layer makes the network's first prediction exactly 0.
+        for layer in (*self.blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+            nn.init.zeros_(layer.adaLN_modulation[1].bias)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """x_t: (N, C, H, W); t: (N,) ints in [0, T); y: (N,) ints in [0, num_classes] -> (N, C_out, H, W)."""
+        x = self.x_embedder(x_t) + self.pos_embed  # (N, L, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        for block in self.blocks:
+            x = block(x, c)
+        return unpatchify(self.final_layer(x, c), self.config.patch_size)

@@ -1,0 +1,200 @@
+"""Draw digits from a checkpoint: reverse diffusion from pure noise, shown step by step in inference.png.
+
+    python inference.py                                      one image a digit, 1000 steps of DDPM
+    python inference.py --sampler ddim --steps 50 --guidance 2 --digits 3 7 --per-digit 4 --gif digits.gif
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import CheckpointError, check_writable, load_model, write_atomically
+from config import T, pick_device
+from diffusion import GaussianDiffusion, guided
+from dit import DiT
+
+COLUMNS = 11  # of inference.png: t = 1000, 900, ..., 0
+FRAMES = 51  # of the animation
+
+
+def generate(model: DiT, labels: Tensor, *, sampler: str = "ddpm", steps: int | None = None, eta: float = 0.0,
+             guidance: float = 1.0, seed: int = 0, on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    """Draw one image a label. labels: (N,) ints in [0, num_classes]; returns (N, C, H, W), in [-1, 1] up to the network.
+
+    sampler: "ddpm" (1000 steps unless told) or "ddim" (50); on_step(t, x_t): see `GaussianDiffusion.ddpm_sample`.
+    """
+    config, device = model.config, model.pos_embed.device
+    diffusion = GaussianDiffusion(T)
+    settings = {
+        "model": guided(model, guidance, null_class=config.num_classes),
+        "shape": (len(labels), config.in_channels, config.image_size, config.image_size),
+        "y": labels.to(device),
+        "generator": torch.Generator(device).manual_seed(seed),
+        "on_step": on_step,
+    }
+    if sampler == "ddim":
+        return diffusion.ddim_sample(**settings, steps=steps or 50, eta=eta)
+    return diffusion.ddpm_sample(**settings, steps=steps)
+
+
+class Snapshots:
+    """An `on_step` that keeps `count` of the `total` images on the way, evenly spaced, the first and the last included."""
+
+    def __init__(self, total: int, count: int):
+        count = min(count, total)
+        self.wanted = {round(i * (total - 1) / max(count - 1, 1)) for i in range(count)}
+        self.seen = 0
+        self.times: list[int] = []
+        self.images: list[Tensor] = []
+
+    def __call__(self, t: int, x_t: Tensor) -> None:
+        if self.seen in self.wanted:
+            self.times.append(t)
+            self.images.append(x_t.cpu())
+        self.seen += 1
+
+
+def tile(images: Tensor, columns: int, gap: int = 2) -> Tensor:
+    """(rows * columns, 1, H, W) -> (rows * (H + gap), columns * (W + gap)), row by row, white between the images."""
+    _, _, H, W = images.shape
+    padded = torch.nn.functional.pad(images[:, 0].clamp(-1, 1), (0, gap, 0, gap), value=1.0)
+    return padded.reshape(-1, columns, H + gap, W + gap).transpose(1, 2).reshape(-1, columns * (W + gap))
+
+
+def draw_grid(path: Path, labels: list[int], times: list[int], snapshots: list[Tensor]) -> None:
+    """A row a label, a column a time, from the noise on the left to the final sample on the right."""
+    rows, columns, side = len(labels), len(times), snapshots[0].shape[-1]
+    canvas = tile(torch.stack(snapshots, dim=1).flatten(0, 1), columns)
+    figure = Figure(figsize=(0.6 * columns + 0.5, 0.6 * rows + 0.5), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(canvas, cmap="gray", vmin=-1, vmax=1)
+    axes.set_yticks([i * (side + 2) + side / 2 for i in range(rows)], labels=[str(label) for label in labels])
+    axes.set_xticks([i * (side + 2) + side / 2 for i in range(columns)],
+                    labels=[f"t = {times[0]}", *map(str, times[1:])])
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def draw_animation(path: Path, columns: int, times: list[int], snapshots: list[Tensor]) -> None:
+    """The denoising as a GIF, `columns` images in a row, with a pause on the final samples."""
+    canvases = [tile(images, columns) for images in snapshots]
+    height, width = canvases[0].shape
+    figure = Figure(figsize=(width / 60, height / 60 + 0.25), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.axis("off")
+    picture = axes.imshow(canvases[0], cmap="gray", vmin=-1, vmax=1)
+
+    def show(frame: int):
+        picture.set_data(canvases[frame])
+        axes.set_title(f"t = {times[frame]}", fontsize=9)
+        return [picture]
+
+    frames = [*range(len(times)), *[len(times) - 1] * 20]
+    FuncAnimation(figure, show, frames=frames).save(path, writer=PillowWriter(fps=10), dpi=80)
+
+
+def positive_int(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description="Draw digits with a trained DiT.", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--digits", type=int, nargs="+", metavar="D", help="digits to draw, a row each", default=list(range(10)))
+    add("--per-digit", type=positive_int, default=1, metavar="N", help="images of each digit")
+    add("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="ancestral sampling, or DDIM")
+    add("--steps", type=positive_int, help=f"sampling steps, at most {T} (default: {T} for ddpm, 50 for ddim)",
+        default=argparse.SUPPRESS)
+    add("--eta", type=float, default=0.0, help="noise of DDIM, from 0 (none) to 1 (as much as DDPM)")
+    add("--guidance", type=float, default=1.0,
+        help="strength s of eps(null) + s (eps(y) - eps(null)): 1 is none, more is more typical and less varied")
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--checkpoint", type=Path, default=Path("model.pth"), help="weights to draw with")
+    add("--output", type=Path, default=Path("inference.png"), help="the picture")
+    add("--gif", type=Path, metavar="FILE", help="an animation of the denoising too", default=argparse.SUPPRESS)
+    add("--device", default="auto", help="cpu, cuda, mps, ...; auto takes a GPU when there is one")
+    args = parser.parse_args(argv)
+    args.steps = getattr(args, "steps", T if args.sampler == "ddpm" else 50)
+    args.gif = getattr(args, "gif", None)
+
+    if args.steps > T:
+        parser.error(f"argument --steps: must lie in [1, {T}], not {args.steps}")
+    if not 0 <= args.eta <= 1:
+        parser.error(f"argument --eta: must lie in [0, 1], not {args.eta}")
+    if args.eta and args.sampler != "ddim":
+        parser.error("argument --eta: is for --sampler ddim")
+    if not 0 <= args.guidance < math.inf:
+        parser.error(f"argument --guidance: must be finite and not negative, not {args.guidance}")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"argument --seed: must lie in [0, 2^63), not {args.seed}")
+    formats = FigureCanvasAgg.get_supported_filetypes()
+    if args.output.suffix.lower().lstrip(".") not in formats:
+        parser.error(f"argument --output: {args.output} must end in one of .{', .'.join(sorted(formats))}")
+    if args.gif and args.gif.suffix.lower() != ".gif":
+        parser.error(f"argument --gif: {args.gif} must end in .gif")
+    for path in filter(None, (args.output, args.gif)):
+        try:
+            check_writable(path)
+        except OSError as error:
+            parser.error(str(error))
+    return parser, args
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser, args = parse_args(argv)
+    try:
+        device = pick_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        model, info = load_model(args.checkpoint, device)
+    except CheckpointError as error:
+        print(f"inference.py: error: {error}", file=sys.stderr)
+        return 1
+    wrong = [digit for digit in args.digits if not 0 <= digit < model.config.num_classes]
+    if wrong:
+        parser.error(f"argument --digits: must lie in [0, {model.config.num_classes}), not {wrong[0]}")
+
+    print(f"{args.checkpoint}: EMA weights after {info['step']:,} training steps, on {device}")
+    print(f"{args.sampler}, {args.steps} steps, eta {args.eta:g}, " if args.sampler == "ddim" else f"ddpm, {args.steps} steps, ",
+          f"guidance {args.guidance:g} (1 is the plain conditional model), seed {args.seed}", sep="")
+    labels = torch.tensor(args.digits).repeat_interleave(args.per_digit)
+    columns, frames = (Snapshots(args.steps + 1, count) for count in (COLUMNS, FRAMES if args.gif else 1))
+    with tqdm(total=args.steps, unit="step", mininterval=0.5) as bar:
+
+        def on_step(t: int, x_t: Tensor) -> None:
+            columns(t, x_t)
+            frames(t, x_t)
+            bar.update(columns.seen > 1)
+
+        generate(model, labels, sampler=args.sampler, steps=args.steps, eta=args.eta, guidance=args.guidance,
+                 seed=args.seed, on_step=on_step)
+    try:
+        write_atomically(args.output, lambda path: draw_grid(path, labels.tolist(), columns.times, columns.images))
+        print(f"wrote {args.output}")
+        if args.gif:
+            write_atomically(args.gif, lambda path: draw_animation(path, args.per_digit * len(args.digits) if
+                             args.per_digit == 1 else args.per_digit, frames.times, frames.images))
+            print(f"wrote {args.gif}")
+    except OSError as error:
+        print(f"inference.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Timestep embedding: a sinusoid of t, then a small MLP (DiT section 3.2; the sinusoid is the Transformer's)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def sinusoid(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """[cos(t w_0), ..., cos(t w_h-1), sin(t w_0), ..., sin(t w_h-1)] with h = dim / 2 and w_i = max_period^(-i / h).
+
+    t: (N,), any real values; returns (N, dim), float32. `dim` is even.
+    """
+    half = dim // 2
+    omega = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angle = t.float()[:, None] * omega
+    # Cosines first, the other way round than in "Attention is all you need": trained weights depend on the order.
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class TimestepEmbedder(nn.Module):
+    """t: (N,) ints in [0, T) -> (N, hidden_size)."""
+
+    def __init__(self, hidden_size: int, frequency_size: int = 256):
+        super().__init__()
+        self.frequency_size = frequency_size
+        self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(sinusoid(t, self.frequency_size))
