@@ -142,7 +142,7 @@ class GaussianDiffusion:
         on_step(t, x_t) is shown every image on the way, from x_T with t = T to the result with t = 0 (the paper's t).
         Returns (N, C, H, W).
         """
-        chain = self.respaced(steps or len(self))
+        chain = self.respaced(len(self) if steps is None else steps)
         return chain._sample(chain.ddpm_step, model, shape, y, generator, x_T, on_step, clip=clip)
 
     def ddim_sample(self, model: Model, shape: tuple[int, ...], y: Tensor, *, steps: int = 50, eta: float = 0.0,

@@ -1,0 +1,277 @@
+"""Every formula against an independent derivation, both samplers against diffusers and against a known distribution."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
+
+from diffusion import GaussianDiffusion, guided
+
+D = GaussianDiffusion(1000)
+
+
+def images(N: int = 6, seed: int = 0) -> Tensor:
+    return torch.randn(N, 2, 3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+TIMES = torch.tensor([0, 1, 10, 500, 998, 999])
+
+
+# Schedule and closed forms
+
+def test_schedule_against_numpy_in_float64():
+    assert D.beta.dtype == torch.float64 and len(D) == 1000
+    beta = np.array([1e-4 + (0.02 - 1e-4) * t / 999 for t in range(1000)])
+    np.testing.assert_allclose(D.beta.numpy(), beta, rtol=1e-12)
+    assert D.beta[0] == 1e-4 and D.beta[-1] == 0.02
+    product, alpha_bar = 1.0, []
+    for b in beta:
+        product *= 1 - b
+        alpha_bar.append(product)
+    np.testing.assert_allclose(D.alpha_bar.numpy(), alpha_bar, rtol=1e-12)
+
+
+def test_q_sample_is_the_chain_of_single_steps():
+    """Mean and variance of eq. 2 applied t + 1 times, step by step."""
+    mean, variance = 1.0, 0.0
+    for t in range(1000):
+        b = 1e-4 + (0.02 - 1e-4) * t / 999
+        mean, variance = math.sqrt(1 - b) * mean, (1 - b) * variance + b
+        if t in TIMES:
+            one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+            time = torch.tensor([t])
+            assert D.q_sample(one, time, zero).item() == pytest.approx(mean, rel=1e-10)
+            assert D.q_sample(zero, time, one).item() ** 2 == pytest.approx(variance, rel=1e-10)
+
+
+def test_x_0_and_eps_are_recovered_from_x_t():
+    x_0, eps = images(seed=1), images(seed=2)
+    x_t = D.q_sample(x_0, TIMES, eps)
+    torch.testing.assert_close(D.predict_x_0(x_t, TIMES, eps), x_0, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(D.predict_eps(x_t, TIMES, x_0), eps, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("chain", [D, D.respaced(50), D.respaced(7)], ids=["all", "50", "7"])
+def test_posterior_by_bayes(chain):
+    """q(x_s | x_t, x_0) is proportional to q(x_t | x_s) q(x_s | x_0): add precisions, weigh means by them."""
+    for i in {1, 2, len(chain) // 2, len(chain) - 1}:
+        t, s = int(chain.timesteps[i]), int(chain.timesteps[i - 1])
+        steps = np.array([1e-4 + (0.02 - 1e-4) * k / 999 for k in range(1000)])
+        likelihood_scale = math.sqrt(np.prod(1 - steps[s + 1:t + 1]))  # x_t = scale * x_s + noise
+        likelihood_variance = 1 - np.prod(1 - steps[s + 1:t + 1])
+        prior_scale, prior_variance = math.sqrt(np.prod(1 - steps[:s + 1])), 1 - np.prod(1 - steps[:s + 1])
+        precision = likelihood_scale**2 / likelihood_variance + 1 / prior_variance
+        x_0, x_t = images(1, seed=1), images(1, seed=2)
+        expected = (likelihood_scale / likelihood_variance * x_t + prior_scale / prior_variance * x_0) / precision
+        mean, variance = chain.q_posterior(x_0, x_t, torch.tensor([i]))
+        torch.testing.assert_close(mean, expected, rtol=1e-7, atol=1e-9)
+        assert variance.item() == pytest.approx(1 / precision, rel=1e-7)
+
+
+def test_posterior_ends_at_x_0():
+    x_0 = images(1)
+    mean, variance = D.q_posterior(x_0, images(1, seed=3), torch.tensor([0]))
+    torch.testing.assert_close(mean, x_0)
+    assert variance.item() == 0
+
+
+def test_mean_from_eps_is_eq_11():
+    """1/sqrt(alpha_t) (x_t - beta_t / sqrt(1 - alpha_bar_t) eps), which the sampler never writes down."""
+    x_t, eps = images(seed=1), images(seed=2)
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    stepped = D.ddpm_step(x_t, TIMES, eps, torch.zeros_like(x_t), clip=False)
+    for n, t in enumerate(TIMES.tolist()):
+        beta = 1e-4 + (0.02 - 1e-4) * t / 999
+        expected = (x_t[n] - beta / math.sqrt(1 - alpha_bar[t]) * eps[n]) / math.sqrt(1 - beta)
+        torch.testing.assert_close(stepped[n], expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["l1", "mse"])
+def test_loss_is_the_mean_distance_of_eps(kind):
+    x_0, eps, y = images(seed=1), images(seed=2), torch.arange(6)
+    asked = {}
+
+    def model(x_t, t, labels):
+        asked.update(x_t=x_t, t=t, y=labels)
+        return torch.zeros_like(x_t)
+
+    loss = D.loss(model, x_0, y, kind, t=TIMES, eps=eps).item()
+    assert loss == pytest.approx(eps.abs().mean().item() if kind == "l1" else (eps**2).mean().item())
+    assert torch.equal(asked["x_t"], D.q_sample(x_0, TIMES, eps))
+    assert torch.equal(asked["t"], TIMES) and torch.equal(asked["y"], y)
+
+
+def test_loss_draws_every_t_and_standard_normal_noise():
+    times, noises = [], []
+
+    def model(x_t, t, y):
+        times.append(t)
+        noises.append(D.predict_eps(x_t, t, torch.zeros_like(x_t)))
+        return x_t
+
+    D.loss(model, torch.zeros(20_000, 1, 2, 2), torch.zeros(20_000), generator=torch.Generator().manual_seed(0))
+    assert set(times[0].tolist()) == set(range(1000))
+    assert noises[0].mean().abs() < 0.02 and noises[0].std() == pytest.approx(1, abs=0.02)
+
+
+# Against diffusers, step by step with the same noise
+
+def noise_for(shape, seed):
+    """The z that a diffusers scheduler draws from a generator of this seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("steps", [1000, 250, 20])
+def test_ddpm_against_diffusers(steps):
+    reference = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", variance_type="fixed_small",
+                              clip_sample=True, timestep_spacing="trailing")
+    reference.set_timesteps(steps)
+    chain = D.respaced(steps)
+    assert reference.timesteps.tolist() == chain.timesteps.flip(0).tolist()
+    for t, i in zip(reference.timesteps, reversed(range(steps)), strict=True):
+        x_t, eps_hat = noise_for((3, 1, 4, 4), 2 * i), 0.7 * noise_for((3, 1, 4, 4), 2 * i + 1)
+        theirs = reference.step(eps_hat, int(t), x_t, generator=torch.Generator().manual_seed(i)).prev_sample
+        ours = chain.ddpm_step(x_t, torch.full((3,), i), eps_hat, noise_for(x_t.shape, i))
+        if i == 0:  # their variance is clipped to 1e-20, but no noise is added at the last step either
+            assert torch.equal(ours, chain.ddpm_step(x_t, torch.full((3,), i), eps_hat, torch.zeros_like(x_t)))
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [1000, 50, 10, 1])
+def test_ddim_against_diffusers(steps, eta):
+    reference = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=True,
+                              set_alpha_to_one=True, timestep_spacing="trailing")
+    reference.set_timesteps(steps)
+    chain = D.respaced(steps)
+    assert reference.timesteps.tolist() == chain.timesteps.flip(0).tolist()
+    for t, i in zip(reference.timesteps, reversed(range(steps)), strict=True):
+        x_t, eps_hat = noise_for((3, 1, 4, 4), 2 * i), 0.7 * noise_for((3, 1, 4, 4), 2 * i + 1)
+        z = noise_for(x_t.shape, i)
+        theirs = reference.step(eps_hat, int(t), x_t, eta=eta, use_clipped_model_output=True, variance_noise=z).prev_sample
+        ours = chain.ddim_step(x_t, torch.full((3,), i), eps_hat, z, eta=eta)
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+
+
+# A target whose eps is known exactly: x_0 ~ N(MEAN, STD^2), each pixel alone
+
+MEAN, STD = 0.2, 0.2
+
+
+def gaussian_eps(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """E[eps | x_t], from the joint normal distribution of eps and x_t."""
+    alpha_bar = D.alpha_bar[t].float().reshape(-1, 1, 1, 1)
+    return (1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * MEAN) / (alpha_bar * STD**2 + 1 - alpha_bar)
+
+
+def moments(sampler, **settings):
+    x_0 = sampler(gaussian_eps, (4, 1, 50, 50), torch.zeros(4, dtype=torch.long),
+                  generator=torch.Generator().manual_seed(0), **settings)
+    return x_0.mean().item(), x_0.std().item()
+
+
+def ddpm_that_clips_x_t(model, shape, y, generator):
+    x_t = torch.randn(shape, generator=generator)
+    for t in reversed(range(1000)):
+        time = torch.full_like(y, t)
+        x_t = D.ddpm_step(x_t, time, model(x_t, time, y), torch.randn(shape, generator=generator)).clamp(-1, 1)
+    return x_t
+
+
+SAMPLERS = [(D.ddpm_sample, {}), (D.ddpm_sample, {"steps": 250}), (D.ddim_sample, {"steps": 1000}),
+            (D.ddim_sample, {"steps": 100}), (D.ddim_sample, {"steps": 1000, "eta": 1.0})]
+
+
+@pytest.mark.parametrize(("sampler", "settings"), SAMPLERS, ids=["ddpm", "ddpm-250", "ddim", "ddim-100", "ddim-eta-1"])
+def test_samplers_recover_mean_and_deviation(sampler, settings):
+    mean, std = moments(sampler, **settings)
+    assert mean == pytest.approx(MEAN, abs=0.01)  # 10,000 pixels: the standard error is 0.002
+    assert std == pytest.approx(STD, rel=0.05)
+
+
+def test_a_sampler_that_clips_x_t_does_not():
+    _, std = moments(ddpm_that_clips_x_t)
+    assert std < 0.8 * STD
+
+
+def test_eta_1_with_all_steps_has_ddpms_variance_and_mean():
+    x_t, eps, z = images(seed=1), images(seed=2), images(seed=3)
+    for t in range(1000):
+        time = torch.full((6,), t)
+        ours = D.ddim_step(x_t, time, eps, z, clip=False, eta=1.0)
+        torch.testing.assert_close(ours, D.ddpm_step(x_t, time, eps, z, clip=False), rtol=1e-6, atol=1e-8)
+
+
+def test_ddim_with_one_step_returns_the_clipped_x_0():
+    x_T, y = images(), torch.zeros(6, dtype=torch.long)
+    out = D.ddim_sample(gaussian_eps, x_T.shape, y, steps=1, x_T=x_T.float())
+    t = torch.full((6,), 999)
+    torch.testing.assert_close(out, D.predict_x_0(x_T.float(), t, gaussian_eps(x_T.float(), t, y)).clamp(-1, 1))
+
+
+# Guidance
+
+def test_guidance_of_every_channel_with_the_null_class(open_network):
+    x_t, t, y = torch.randn(3, 2, 12, 12), torch.tensor([1, 500, 999]), torch.tensor([0, 1, 2])
+    null = torch.full((3,), 5)
+    eps_y, eps_null = open_network(x_t, t, y), open_network(x_t, t, null)
+    assert (eps_y - eps_null).abs().amax(dim=(2, 3)).min() > 1e-4  # in both channels
+    assert torch.equal(guided(open_network, 1, 5)(x_t, t, y), eps_y)
+    assert torch.equal(guided(open_network, 0, 5)(x_t, t, y), eps_null)
+    for strength in (0.5, 1.0001, 3.0):
+        torch.testing.assert_close(guided(open_network, strength, 5)(x_t, t, y),
+                                   (1 - strength) * eps_null + strength * eps_y, rtol=1e-4, atol=1e-5)
+
+
+# What a sampler hands out
+
+@pytest.mark.parametrize("name", ["ddpm_sample", "ddim_sample"])
+def test_the_same_seed_gives_the_same_images_bit_for_bit(name, open_network):
+    def draw(seed):
+        return getattr(D, name)(open_network, (3, 2, 12, 12), torch.tensor([0, 1, 2]), steps=20,
+                                generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+@pytest.mark.parametrize("name", ["ddpm_sample", "ddim_sample"])
+def test_on_step_sees_every_image_from_the_noise_to_the_result(name):
+    seen = []
+    x_T = torch.randn(2, 1, 4, 4)
+    out = getattr(D, name)(gaussian_eps, x_T.shape, torch.zeros(2, dtype=torch.long), steps=4, x_T=x_T,
+                           on_step=lambda t, x_t: seen.append((t, x_t)))
+    assert [t for t, _ in seen] == [1000, 750, 500, 250, 0]
+    assert torch.equal(seen[0][1], x_T) and torch.equal(seen[-1][1], out)
+
+
+def test_the_network_is_told_the_times_of_the_full_chain():
+    told = []
+
+    def model(x_t, t, y):
+        told.append(t.tolist())
+        return torch.zeros_like(x_t)
+
+    D.ddpm_sample(model, (2, 1, 4, 4), torch.zeros(2, dtype=torch.long), steps=5)
+    assert told == [[999, 999], [799, 799], [599, 599], [399, 399], [199, 199]]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 999])
+def test_any_number_of_steps_ends_at_the_last_time(steps):
+    times = D.respaced(steps).timesteps.tolist()
+    assert len(set(times)) == steps and times == sorted(times) and times[-1] == 999
+
+
+def test_settings_out_of_range_are_refused():
+    y = torch.zeros(2, dtype=torch.long)
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match=r"must lie in \[1, 1000\]"):
+            D.ddim_sample(gaussian_eps, (2, 1, 4, 4), y, steps=steps)
+    for eta in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="eta"):
+            D.ddim_sample(gaussian_eps, (2, 1, 4, 4), y, eta=eta)
+    with pytest.raises(ValueError, match="at least 1"):
+        GaussianDiffusion(0)
