@@ -1,5 +1,10 @@
-"""Files that are whole or absent: atomic writes, and checkpoints of tensors and plain values only."""
+"""Files that are whole or absent: atomic writes, and checkpoints that hold tensors and plain values only.
 
+`model.pth` holds what sampling needs, `model.resume.pth` beside it all that a stopped run needs to go on.
+"""
+
+import hashlib
+import io
 import os
 import pickle
 from collections.abc import Callable
@@ -7,12 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from config import ModelConfig, TrainConfig
+from config import ModelConfig
 from dit import DiT
 
-FORMAT = 1  # of a checkpoint; raised when older code could not read a newer file
+FORMAT = 1  # raised when the entries of a file change, so that older code can say what is wrong
+WEIGHTS = {"model_config": dict, "ema": dict, "step": int, "recipe": dict}  # the entries of model.pth
 
 
 class CheckpointError(Exception):
@@ -20,16 +25,30 @@ class CheckpointError(Exception):
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Call write(temporary file beside `path`), then move the result into place: `path` is old or new, never half."""
+    """Call write(temporary file beside `path`), then move the result into place: `path` is old or new, never half.
+
+    OSError with a sentence if that fails; `path` is then as it was.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         os.replace(temporary, path)
+        if os.name == "posix":
+            _sync(path.parent)  # the new name itself, which lives in the folder
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error.strerror or error}); it is as it was before") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(path: str | Path) -> None:
@@ -43,67 +62,101 @@ def check_writable(path: str | Path) -> None:
         raise OSError(f"{path} cannot be written: no permission in folder {path.parent}")
 
 
-def save_checkpoint(path: str | Path, ema: DiT, step: int, recipe: TrainConfig) -> None:
-    """The averaged weights with all that is needed to rebuild their network and to repeat their training."""
-    checkpoint = {
-        "format": FORMAT,
-        "model_config": asdict(ema.config),
-        "ema": {name: value.cpu() for name, value in ema.state_dict().items()},
-        "step": step,
-        "recipe": asdict(recipe),
-    }
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+def save_checkpoint(path: str | Path, content: dict) -> None:
+    """Write a dict of tensors and plain values, nested at will, with a checksum. Atomic; OSError if it fails."""
+    content = {"format": FORMAT, **content}
+    buffer = io.BytesIO()  # written by Python and not by torch, for Python says why a disk refuses
+    torch.save({**content, "sha256": checksum(content)}, buffer)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[DiT, dict]:
-    """The network that a checkpoint describes, with its EMA weights, in eval mode; and the checkpoint's other entries.
+def load_checkpoint(path: str | Path, entries: dict[str, type]) -> dict:
+    """Read what `save_checkpoint` wrote, on the CPU. Nothing in the file is run, and its checksum is compared.
 
-    Nothing in the file is executed. CheckpointError if it is missing, damaged, or not a checkpoint of this project.
+    CheckpointError if the file is missing, damaged, of another format, or lacks one of `entries` (name: type).
     """
-    checkpoint = _read(Path(path))
     try:
-        config = ModelConfig(**checkpoint["model_config"])
-        with torch.device("meta"):  # names and shapes are compared before any memory is taken
-            model = DiT(config)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} describes a network that this code does not build: {error}") from error
-    _check_weights(path, checkpoint["ema"], model)
-    model.load_state_dict(checkpoint.pop("ema"), assign=True)
-    return model.to(device).eval().requires_grad_(False), checkpoint
-
-
-def _read(path: Path) -> dict:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}; `python train.py` makes one, and "
                               "`git checkout -- model.pth` restores the one that ships") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is not a checkpoint of this project: it is no torch file, or holds more than "
-                              "tensors and plain values; nothing in it was run") from error
-    except Exception as error:  # a damaged archive can fail anywhere in torch's reader, in many ways
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({type(error).__name__} while reading)") from error
-    kinds = {"format": int, "model_config": dict, "ema": dict, "step": int, "recipe": dict}
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), kinds[key]) for key in kinds):
-        raise CheckpointError(f"{path} is not a checkpoint of this project: it does not hold {', '.join(kinds)}")
-    if checkpoint["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {checkpoint['format']}, and this code reads format {FORMAT}: "
-                              "use the version of the project that wrote it")
-    return checkpoint
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: it holds something other than tensors and plain "
+                              "values, and nothing of it was run") from error
+    except Exception as error:  # a damaged file can fail anywhere in torch's reader, with any exception
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({type(error).__name__} while reading it)") from error
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        raise CheckpointError(f"{path} is not a checkpoint of this project: it does not say its format")
+    if content["format"] != FORMAT:
+        age = "a newer" if content["format"] > FORMAT else "an older"
+        raise CheckpointError(f"{path} was written by {age} version of this project (format {content['format']}; "
+                              f"this one reads {FORMAT}): load it with that version")
+    if checksum({key: value for key, value in content.items() if key != "sha256"}) != content.get("sha256"):
+        raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
+    for name, kind in entries.items():
+        if not isinstance(content.get(name), kind):
+            raise CheckpointError(f"{path} is another kind of checkpoint: it holds no {name!r}")
+    return content
 
 
-def _check_weights(path: str | Path, weights: dict, model: nn.Module) -> None:
+def checksum(content: object) -> str:
+    """SHA-256 of tensors and plain values in nested dicts, lists and tuples: names, types, shapes and values."""
+    sha = hashlib.sha256()
+
+    def add(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            sha.update(f"{value.dtype} {tuple(value.shape)};".encode())
+            sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            sha.update(f"dict {len(value)};".encode())
+            for key, item in value.items():
+                add(key)
+                add(item)
+        elif isinstance(value, list | tuple):
+            sha.update(f"{type(value).__name__} {len(value)};".encode())
+            for item in value:
+                add(item)
+        else:
+            sha.update(f"{value!r};".encode())
+
+    add(content)
+    return sha.hexdigest()
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[DiT, dict]:
+    """The network that a checkpoint describes, with its EMA weights, in eval mode; and the checkpoint's other entries.
+
+    CheckpointError if the file is missing, damaged, or not a checkpoint of this project.
+    """
+    info = load_checkpoint(path, WEIGHTS)
+    weights = info.pop("ema")
+    try:
+        with torch.device("meta"):  # names and shapes are compared before any memory is taken
+            model = DiT(ModelConfig(**info["model_config"]))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} describes a network that this code does not build: {error}") from error
+    check_weights(path, weights, model)
+    model.load_state_dict(weights, assign=True)
+    return model.to(device).eval().requires_grad_(False), info
+
+
+def check_weights(path: str | Path, weights: dict, model: DiT) -> None:
+    """CheckpointError unless names, shapes and types are the network's, and all values finite."""
     expected = model.state_dict()
     if weights.keys() != expected.keys():
         names = ", ".join(sorted(map(str, weights.keys() ^ expected.keys()))[:3])
-        raise CheckpointError(f"{path} does not fit the network it describes: {names} missing or not expected")
-    for name, value in weights.items():
-        want = expected[name]
+        raise CheckpointError(f"{path} does not fit its network: {names} missing, or not expected")
+    for name, want in expected.items():
+        value = weights[name]
         if not isinstance(value, torch.Tensor) or value.shape != want.shape or value.dtype != want.dtype:
-            found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
-            raise CheckpointError(f"{path} does not fit the network it describes: {name} is {found}, "
-                                  f"not {tuple(want.shape)} {want.dtype}")
+            raise CheckpointError(f"{path} does not fit its network: {name} is not {tuple(want.shape)} {want.dtype}")
         if not value.isfinite().all():
-            raise CheckpointError(f"{path} holds values in {name} that are not finite")
+            raise CheckpointError(f"{path} holds values in {name} that are not finite numbers")
+
+
+def weights_of(ema: DiT, step: int, recipe: dict) -> dict:
+    """The content of model.pth: the averaged weights, how to rebuild their network, and how they came about."""
+    weights = {name: value.cpu() for name, value in ema.state_dict().items()}  # loads where there is no GPU
+    return {"model_config": asdict(ema.config), "ema": weights, "step": step, "recipe": recipe}

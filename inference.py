@@ -24,6 +24,7 @@ from dit import DiT
 
 COLUMNS = 11  # of inference.png: t = 1000, 900, ..., 0
 FRAMES = 51  # of the animation
+MAX_ROWS = 500  # of inference.png
 
 
 def generate(model: DiT, labels: Tensor, *, sampler: str = "ddpm", steps: int | None = None, eta: float = 0.0,
@@ -110,37 +111,51 @@ def positive_int(text: str) -> int:
     return value
 
 
-def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description="Draw digits with a trained DiT.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `generate`, and where the weights come from."""
     add = parser.add_argument
-    add("--digits", type=int, nargs="+", metavar="D", help="digits to draw, a row each", default=list(range(10)))
-    add("--per-digit", type=positive_int, default=1, metavar="N", help="images of each digit")
-    add("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="ancestral sampling, or DDIM")
-    add("--steps", type=positive_int, help=f"sampling steps, at most {T} (default: {T} for ddpm, 50 for ddim)",
-        default=argparse.SUPPRESS)
-    add("--eta", type=float, default=0.0, help="noise of DDIM, from 0 (none) to 1 (as much as DDPM)")
-    add("--guidance", type=float, default=1.0,
-        help="strength s of eps(null) + s (eps(y) - eps(null)): 1 is none, more is more typical and less varied")
-    add("--seed", type=int, default=0, help="of the noise")
-    add("--checkpoint", type=Path, default=Path("model.pth"), help="weights to draw with")
-    add("--output", type=Path, default=Path("inference.png"), help="the picture")
-    add("--gif", type=Path, metavar="FILE", help="an animation of the denoising too", default=argparse.SUPPRESS)
-    add("--device", default="auto", help="cpu, cuda, mps, ...; auto takes a GPU when there is one")
-    args = parser.parse_args(argv)
-    args.steps = getattr(args, "steps", T if args.sampler == "ddpm" else 50)
-    args.gif = getattr(args, "gif", None)
+    add("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="ancestral sampling, or DDIM (default: ddpm)")
+    add("--steps", type=positive_int, help=f"sampling steps, at most {T} (default: {T} for ddpm, 50 for ddim)")
+    add("--eta", type=float, default=0.0, help="noise of ddim, from 0, none, to 1, as much as ddpm (default: 0)")
+    add("--guidance", type=float, default=1.0, metavar="S", help="strength of eps(null) + S (eps(digit) - eps(null)): "
+        "1 is none, more makes digits more typical and less varied (default: 1)")
+    add("--seed", type=int, default=0, help="of the noise (default: 0)")
+    add("--checkpoint", type=Path, default=Path("model.pth"), help="the weights (default: model.pth)")
+    add("--device", default="auto", help="cpu, cuda, mps, ... (default: a GPU when there is one)")
 
+
+def check_sampling_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with a sentence if one of them is out of its range; fill in the steps and the torch.device."""
+    if args.steps is None:
+        args.steps = T if args.sampler == "ddpm" else 50
     if args.steps > T:
         parser.error(f"argument --steps: must lie in [1, {T}], not {args.steps}")
     if not 0 <= args.eta <= 1:
         parser.error(f"argument --eta: must lie in [0, 1], not {args.eta}")
     if args.eta and args.sampler != "ddim":
-        parser.error("argument --eta: is for --sampler ddim")
+        parser.error("argument --eta: goes with --sampler ddim")
     if not 0 <= args.guidance < math.inf:
         parser.error(f"argument --guidance: must be finite and not negative, not {args.guidance}")
     if not 0 <= args.seed < 2**63:
         parser.error(f"argument --seed: must lie in [0, 2^63), not {args.seed}")
+    try:
+        args.device = pick_device(args.device)
+    except ValueError as error:
+        parser.error(f"argument --device: {error}")
+
+
+def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description="Draw digits with a trained DiT.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--digits", type=int, nargs="+", metavar="D", default=list(range(10)), help="a row each (default: 0 to 9)")
+    add("--per-digit", type=positive_int, default=1, metavar="N", help="images of each digit (default: 1)")
+    add_sampling_options(parser)
+    add("--output", type=Path, default=Path("inference.png"), help="the picture (default: inference.png)")
+    add("--gif", type=Path, metavar="FILE", help="write an animation of the denoising too")
+    args = parser.parse_args(argv)
+    check_sampling_options(parser, args)
+    if len(args.digits) * args.per_digit > MAX_ROWS:
+        parser.error(f"a picture has at most {MAX_ROWS} rows, not {len(args.digits)} digits x {args.per_digit}")
     formats = FigureCanvasAgg.get_supported_filetypes()
     if args.output.suffix.lower().lstrip(".") not in formats:
         parser.error(f"argument --output: {args.output} must end in one of .{', .'.join(sorted(formats))}")
@@ -157,43 +172,41 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
 def main(argv: list[str] | None = None) -> int:
     parser, args = parse_args(argv)
     try:
-        device = pick_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
-    try:
-        model, info = load_model(args.checkpoint, device)
-    except CheckpointError as error:
+        model, info = load_model(args.checkpoint, args.device)
+        for digit in args.digits:
+            if not 0 <= digit < model.config.num_classes:
+                parser.error(f"argument --digits: must lie in [0, {model.config.num_classes}), not {digit}")
+        draw(model, info, args)
+    except (CheckpointError, OSError) as error:
         print(f"inference.py: error: {error}", file=sys.stderr)
         return 1
-    wrong = [digit for digit in args.digits if not 0 <= digit < model.config.num_classes]
-    if wrong:
-        parser.error(f"argument --digits: must lie in [0, {model.config.num_classes}), not {wrong[0]}")
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
-    print(f"{args.checkpoint}: EMA weights after {info['step']:,} training steps, on {device}")
-    print(f"{args.sampler}, {args.steps} steps, eta {args.eta:g}, " if args.sampler == "ddim" else f"ddpm, {args.steps} steps, ",
-          f"guidance {args.guidance:g} (1 is the plain conditional model), seed {args.seed}", sep="")
+
+def draw(model: DiT, info: dict, args: argparse.Namespace) -> None:
+    eta = f", eta {args.eta:g}" if args.sampler == "ddim" else ""
+    print(f"{args.checkpoint}: EMA weights after {info['step']:,} training steps, on {args.device}")
+    print(f"{args.sampler}, {args.steps} steps{eta}, seed {args.seed}, guidance {args.guidance:g} in the convention "
+          "eps(null) + s (eps(digit) - eps(null)), where 1 is none")
     labels = torch.tensor(args.digits).repeat_interleave(args.per_digit)
-    columns, frames = (Snapshots(args.steps + 1, count) for count in (COLUMNS, FRAMES if args.gif else 1))
+    columns, frames = Snapshots(args.steps + 1, COLUMNS), Snapshots(args.steps + 1, FRAMES)
     with tqdm(total=args.steps, unit="step", mininterval=0.5) as bar:
 
         def on_step(t: int, x_t: Tensor) -> None:
             columns(t, x_t)
             frames(t, x_t)
-            bar.update(columns.seen > 1)
+            bar.update(columns.seen > 1)  # the first call shows the noise, before any step
 
         generate(model, labels, sampler=args.sampler, steps=args.steps, eta=args.eta, guidance=args.guidance,
                  seed=args.seed, on_step=on_step)
-    try:
-        write_atomically(args.output, lambda path: draw_grid(path, labels.tolist(), columns.times, columns.images))
-        print(f"wrote {args.output}")
-        if args.gif:
-            write_atomically(args.gif, lambda path: draw_animation(path, args.per_digit * len(args.digits) if
-                             args.per_digit == 1 else args.per_digit, frames.times, frames.images))
-            print(f"wrote {args.gif}")
-    except OSError as error:
-        print(f"inference.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    write_atomically(args.output, lambda path: draw_grid(path, labels.tolist(), columns.times, columns.images))
+    print(f"wrote {args.output}")
+    if args.gif:
+        in_a_row = args.per_digit if args.per_digit > 1 else len(args.digits)
+        write_atomically(args.gif, lambda path: draw_animation(path, in_a_row, frames.times, frames.images))
+        print(f"wrote {args.gif}")
 
 
 if __name__ == "__main__":
