@@ -76,12 +76,14 @@ def load_checkpoint(path: str | Path, entries: dict[str, type]) -> dict:
     CheckpointError if the file is missing, damaged, of another format, or lacks one of `entries` (name: type).
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        file = io.BytesIO(Path(path).read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}; `python train.py` makes one, and "
                               "`git checkout -- model.pth` restores the one that ships") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is damaged or not a checkpoint: it holds something other than tensors and plain "
                               "values, and nothing of it was run") from error

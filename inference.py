@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -22,9 +24,9 @@ from config import T, pick_device
 from diffusion import GaussianDiffusion, guided
 from dit import DiT
 
-COLUMNS = 11  # of inference.png: t = 1000, 900, ..., 0
-FRAMES = 51  # of the animation
-MAX_ROWS = 500  # of inference.png
+COLUMNS, MAX_ROWS = 11, 500  # of inference.png: t = 1000, 900, ..., 0
+FRAMES = 41  # of the animation
+GAP, ZOOM = 2, 2  # pixels between two images; screen pixels a pixel
 
 
 def generate(model: DiT, labels: Tensor, *, sampler: str = "ddpm", steps: int | None = None, eta: float = 0.0,
@@ -64,45 +66,48 @@ class Snapshots:
         self.seen += 1
 
 
-def tile(images: Tensor, columns: int, gap: int = 2) -> Tensor:
-    """(rows * columns, 1, H, W) -> (rows * (H + gap), columns * (W + gap)), row by row, white between the images."""
+def tile(images: Tensor, columns: int) -> Tensor:
+    """(rows * columns, 1, H, W) -> (rows * (H + GAP), columns * (W + GAP)), row by row, white between the images."""
     _, _, H, W = images.shape
-    padded = torch.nn.functional.pad(images[:, 0].clamp(-1, 1), (0, gap, 0, gap), value=1.0)
-    return padded.reshape(-1, columns, H + gap, W + gap).transpose(1, 2).reshape(-1, columns * (W + gap))
+    padded = torch.nn.functional.pad(images[:, 0].clamp(-1, 1), (0, GAP, 0, GAP), value=1.0)
+    return padded.reshape(-1, columns, H + GAP, W + GAP).transpose(1, 2).reshape(-1, columns * (W + GAP))
+
+
+def show_canvas(canvas: Tensor, left: int, top: int) -> tuple[Figure, Axes]:
+    """A figure of the canvas at ZOOM x ZOOM screen pixels a pixel (sharp, and small as a file), with margins in pixels."""
+    height, width = (ZOOM * side for side in canvas.shape)
+    figure = Figure(figsize=((left + width) / 100, (top + height) / 100), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((left / (left + width), 0, width / (left + width), height / (top + height)))
+    axes.imshow(canvas.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=8)
+    axes.set(xticks=[], yticks=[])
+    return figure, axes
 
 
 def draw_grid(path: Path, labels: list[int], times: list[int], snapshots: list[Tensor]) -> None:
     """A row a label, a column a time, from the noise on the left to the final sample on the right."""
-    rows, columns, side = len(labels), len(times), snapshots[0].shape[-1]
-    canvas = tile(torch.stack(snapshots, dim=1).flatten(0, 1), columns)
-    figure = Figure(figsize=(0.6 * columns + 0.5, 0.6 * rows + 0.5), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(canvas, cmap="gray", vmin=-1, vmax=1)
-    axes.set_yticks([i * (side + 2) + side / 2 for i in range(rows)], labels=[str(label) for label in labels])
-    axes.set_xticks([i * (side + 2) + side / 2 for i in range(columns)],
-                    labels=[f"t = {times[0]}", *map(str, times[1:])])
-    axes.tick_params(length=0, labeltop=True, labelbottom=False)
-    axes.spines[:].set_visible(False)
-    figure.savefig(path, dpi=120)
+    columns, side = len(times), snapshots[0].shape[-1]
+    figure, axes = show_canvas(tile(torch.stack(snapshots, dim=1).flatten(0, 1), columns), left=22, top=22)
+    axes.set_yticks([i * (side + GAP) + side / 2 for i in range(len(labels))], labels=[str(label) for label in labels])
+    axes.set_xticks([i * (side + GAP) + side / 2 for i in range(columns)], labels=[f"t={times[0]}", *map(str, times[1:])])
+    figure.savefig(path)
 
 
 def draw_animation(path: Path, columns: int, times: list[int], snapshots: list[Tensor]) -> None:
     """The denoising as a GIF, `columns` images in a row, with a pause on the final samples."""
-    canvases = [tile(images, columns) for images in snapshots]
-    height, width = canvases[0].shape
-    figure = Figure(figsize=(width / 60, height / 60 + 0.25), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.axis("off")
-    picture = axes.imshow(canvases[0], cmap="gray", vmin=-1, vmax=1)
+    canvases = [(tile(images, columns) * 7.5).round() / 7.5 for images in snapshots]  # 16 greys: noise compresses badly
+    figure, axes = show_canvas(canvases[0], left=0, top=22)
+    picture, title = axes.images[0], axes.set_title("", fontsize=9)
 
-    def show(frame: int):
-        picture.set_data(canvases[frame])
-        axes.set_title(f"t = {times[frame]}", fontsize=9)
-        return [picture]
+    def show(frame: int) -> list[Artist]:
+        picture.set_data(canvases[frame].numpy())
+        title.set_text(f"t = {times[frame]}")
+        return [picture, title]
 
     frames = [*range(len(times)), *[len(times) - 1] * 20]
-    FuncAnimation(figure, show, frames=frames).save(path, writer=PillowWriter(fps=10), dpi=80)
+    FuncAnimation(figure, show, frames=frames).save(path, writer=PillowWriter(fps=10))
 
 
 def positive_int(text: str) -> int:

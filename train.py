@@ -182,6 +182,7 @@ def train(cfg: TrainConfig, resume: bool = False) -> DiT:
                 "epoch": epoch, "step": run.step, "train_loss": finite(run.loss_sum / done, run.step, cfg),
                 "test_loss": held_out_loss(run.ema, diffusion, test_set, cfg.loss), "seconds": run.seconds(),
             })
+            bar.set_postfix({name: f"{run.curve[-1][name]:.4f}" for name in ("train_loss", "test_loss")})
             run.loss_sum.zero_()
             files.save_curve(run.curve, last=epoch == cfg.epochs)
     return run.ema
