@@ -1,6 +1,6 @@
 """Files that are whole or absent: atomic writes, and checkpoints that hold tensors and plain values only.
 
-`model.pth` holds what sampling needs, `model.resume.pth` beside it all that a stopped run needs to go on.
+`model.pth` holds what sampling needs; `run_files.py` writes the same kind of file for a run to go on from.
 """
 
 import hashlib
@@ -8,7 +8,6 @@ import io
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -156,9 +155,3 @@ def check_weights(path: str | Path, weights: dict, model: DiT) -> None:
             raise CheckpointError(f"{path} does not fit its network: {name} is not {tuple(want.shape)} {want.dtype}")
         if not value.isfinite().all():
             raise CheckpointError(f"{path} holds values in {name} that are not finite numbers")
-
-
-def weights_of(ema: DiT, step: int, recipe: dict) -> dict:
-    """The content of model.pth: the averaged weights, how to rebuild their network, and how they came about."""
-    weights = {name: value.cpu() for name, value in ema.state_dict().items()}  # loads where there is no GPU
-    return {"model_config": asdict(ema.config), "ema": weights, "step": step, "recipe": recipe}

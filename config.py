@@ -4,9 +4,10 @@ A field with a help text in its metadata is an option of `train.py`, so that eac
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 T = 1000  # diffusion steps, DDPM section 4
+MNIST_IMAGES = 60_000  # in the training split
 
 
 def option(default, help, **argparse_settings):
@@ -34,20 +35,20 @@ class ModelConfig:
     time_init_std: float = option(0.1, "standard deviation of the initial time MLP's weights; the paper has 0.02")
 
     def __post_init__(self):
-        for name in ("image_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        _require_types(self)
+        for name, most in (("image_size", 4096), ("patch_size", 4096), ("in_channels", 4096), ("hidden_size", 16_384),
+                           ("depth", 1000), ("num_heads", 16_384), ("num_classes", 1_000_000)):
+            _require_within(self, name, 1, most)
         _require(self.image_size % self.patch_size == 0,
                  f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
         _require(self.hidden_size % self.num_heads == 0,
                  f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
         _require(self.hidden_size % 4 == 0,
                  f"hidden_size {self.hidden_size} is not a multiple of 4, which the 2-D position table needs")
-        _require(0 < self.mlp_ratio < math.inf and int(self.hidden_size * self.mlp_ratio) >= 1,
-                 f"mlp_ratio {self.mlp_ratio} leaves the MLP of a block no hidden unit, or no finite number of them")
-        _require(0 <= self.class_dropout_prob <= 1,
-                 f"class_dropout_prob must lie in [0, 1], not {self.class_dropout_prob}")
+        _require_within(self, "mlp_ratio", 1 / self.hidden_size, 64)  # at least one hidden unit
+        _require_within(self, "class_dropout_prob", 0, 1)
         for name in ("label_init_std", "time_init_std"):
-            _require(0 <= getattr(self, name) < math.inf, f"{name} must be finite and not negative")
+            _require_within(self, name, 0, 100)
 
     @property
     def out_channels(self) -> int:
@@ -78,11 +79,12 @@ class TrainConfig:
     device: str = option("auto", "cpu, cuda, mps, ...; auto takes a GPU when there is one")
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "checkpoint_every"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup_steps", "limit"):
-            _require(getattr(self, name) >= 0, f"{name} must not be negative, and is {getattr(self, name)}")
-        _require(0 <= self.seed < 2**63, f"seed must lie in [0, 2^63), not {self.seed}")
+        _require_types(self)
+        for name, least, most in (("epochs", 1, 1_000_000), ("batch_size", 1, MNIST_IMAGES), ("checkpoint_every", 1, 10**9),
+                                  ("warmup_steps", 0, 10**9), ("limit", 0, MNIST_IMAGES), ("seed", 0, 2**63 - 1)):
+            _require_within(self, name, least, most)
+        _require(self.limit == 0 or self.batch_size <= self.limit,
+                 f"batch_size {self.batch_size} is more than the {self.limit} images that limit leaves")
         _require(0 < self.lr < math.inf, f"lr must be positive and finite, not {self.lr}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), not {self.ema_decay}")
         for name, choices in (("loss", ("l1", "mse")), ("optimizer", ("adamw", "muon")),
@@ -90,12 +92,17 @@ class TrainConfig:
             _require(getattr(self, name) in choices, f"{name} must be one of {choices}, not {getattr(self, name)!r}")
 
 
-def pick_device(name: str = "auto"):
-    """The torch.device of that name; "auto" is a GPU when there is one, else Apple's, else the CPU. ValueError if absent."""
+def pick_device(name: str = "auto", local_rank: int = 0):
+    """The torch.device of that name; "auto" is a GPU when there is one, else Apple's, else the CPU. ValueError if absent.
+
+    local_rank: which of the machine's GPUs, when several processes share the work.
+    """
     import torch  # here, since the settings themselves need no torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
         torch.empty(0, device=name)
         return torch.device(name)
@@ -106,3 +113,16 @@ def pick_device(name: str = "auto"):
 def _require(condition: bool, sentence: str) -> None:
     if not condition:
         raise ValueError(sentence)
+
+
+def _require_within(config: object, name: str, least: float, most: float) -> None:
+    value = getattr(config, name)
+    _require(least <= value <= most, f"{name} must lie in [{least}, {most}], not {value}")
+
+
+def _require_types(config: object) -> None:
+    """A whole number may stand for a float. Values come from command lines and from files."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        _require(isinstance(value, f.type) or (f.type is float and isinstance(value, int)),
+                 f"{f.name} must be of type {f.type.__name__}, not {value!r}")

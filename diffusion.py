@@ -95,16 +95,17 @@ class GaussianDiffusion:
 
     # Training
 
-    def loss(self, model: Model, x_0: Tensor, y: Tensor, kind: Literal["l1", "mse"] = "l1", *,
-             t: Tensor | None = None, eps: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Distance between eps and its prediction, one t an image (DDPM Algorithm 1; eq. 14 for "mse").
+    def draw_t_and_eps(self, x_0: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """t ~ U{0, ..., T-1}, (N,), and eps ~ N(0, I), (N, C, H, W) (DDPM Algorithm 1, lines 3 and 4)."""
+        t = torch.randint(len(self), (len(x_0),), generator=generator, device=x_0.device)
+        return t, torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
 
-        x_0: (N, C, H, W) in [-1, 1]; y: (N,). t ~ U{0, ..., T-1} and eps ~ N(0, I) are drawn unless given. A scalar.
+    def loss(self, model: Model, x_0: Tensor, y: Tensor, t: Tensor, eps: Tensor,
+             kind: Literal["l1", "mse"] = "l1") -> Tensor:
+        """Mean distance between eps and its prediction (DDPM Algorithm 1, line 5; eq. 14 for "mse"). A scalar.
+
+        x_0: (N, C, H, W) in [-1, 1]; y, t: (N,); eps: (N, C, H, W).
         """
-        if t is None:
-            t = torch.randint(len(self), (len(x_0),), generator=generator, device=x_0.device)
-        if eps is None:
-            eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
         eps_hat = model(self.q_sample(x_0, t, eps), t, y)
         return F.l1_loss(eps_hat, eps) if kind == "l1" else F.mse_loss(eps_hat, eps)
 

@@ -69,10 +69,12 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
+    def drop(self, y: Tensor) -> Tensor:
+        """Labels for training: each is replaced by the null class with `dropout_prob` (CFG Algorithm 1, line 3)."""
+        dropped = torch.rand(y.shape, device=y.device) < self.dropout_prob
+        return torch.where(dropped, self.null_class, y)
+
     def forward(self, y: Tensor) -> Tensor:
-        if self.training and self.dropout_prob > 0:  # CFG Algorithm 1, line 3
-            dropped = torch.rand(y.shape, device=y.device) < self.dropout_prob
-            y = torch.where(dropped, self.null_class, y)
         return self.embedding_table(y)
 
 

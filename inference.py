@@ -5,7 +5,6 @@
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -139,8 +138,8 @@ def check_sampling_options(parser: argparse.ArgumentParser, args: argparse.Names
         parser.error(f"argument --eta: must lie in [0, 1], not {args.eta}")
     if args.eta and args.sampler != "ddim":
         parser.error("argument --eta: goes with --sampler ddim")
-    if not 0 <= args.guidance < math.inf:
-        parser.error(f"argument --guidance: must be finite and not negative, not {args.guidance}")
+    if not 0 <= args.guidance <= 100:
+        parser.error(f"argument --guidance: must lie in [0, 100], not {args.guidance}")
     if not 0 <= args.seed < 2**63:
         parser.error(f"argument --seed: must lie in [0, 2^63), not {args.seed}")
     try:
@@ -158,6 +157,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     add("--output", type=Path, default=Path("inference.png"), help="the picture (default: inference.png)")
     add("--gif", type=Path, metavar="FILE", help="write an animation of the denoising too")
     args = parser.parse_args(argv)
+    if [] in vars(args).values():
+        parser.error("an option lacks its value")  # argparse reads --steps=-- as an empty list
     check_sampling_options(parser, args)
     if len(args.digits) * args.per_digit > MAX_ROWS:
         parser.error(f"a picture has at most {MAX_ROWS} rows, not {len(args.digits)} digits x {args.per_digit}")
@@ -167,6 +168,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     if args.gif and args.gif.suffix.lower() != ".gif":
         parser.error(f"argument --gif: {args.gif} must end in .gif")
     for path in filter(None, (args.output, args.gif)):
+        if path.absolute() == args.checkpoint.absolute():
+            parser.error(f"{path} is the checkpoint: choose another place for the picture")
         try:
             check_writable(path)
         except OSError as error:

@@ -1,43 +1,35 @@
 """Train a DiT on MNIST: DDPM Algorithm 1, with an average of the weights, a loss curve and checkpoints.
 
-    python train.py                  the recipe: 500 epochs of batches of 300
-    python train.py --resume         go on after a stop
-    python train.py --help           every setting
+    python train.py                                   the recipe: 500 epochs of batches of 300
+    python train.py --resume                          go on after a stop
+    torchrun --nproc-per-node 4 train.py              every batch shared by 4 processes
+    python train.py --help                            every setting
 """
 
 import argparse
 import copy
-import csv
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from itertools import islice
-from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import (
-    CheckpointError,
-    check_weights,
-    check_writable,
-    load_checkpoint,
-    save_checkpoint,
-    weights_of,
-    write_atomically,
-)
+from checkpoint import CheckpointError
 from config import ModelConfig, T, TrainConfig, pick_device
 from dataset import DataError, Digits, load_mnist
 from diffusion import GaussianDiffusion
+from distributed import Ranks, joined_ranks
 from dit import DiT
+from run_files import RunFiles
 
-MAY_CHANGE = {"epochs", "checkpoint", "checkpoint_every", "data_dir", "device"}  # fields of the recipe, at --resume
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as CUDA, the CPU and Windows say it
 
 
 class TrainingError(Exception):
@@ -85,7 +77,7 @@ def held_out_loss(model: nn.Module, diffusion: GaussianDiffusion, digits: Digits
         x_0, y = digits[start:start + batch_size]
         t = torch.randint(len(diffusion), (len(y),), generator=generator).to(y.device)
         eps = torch.randn(x_0.shape, generator=generator).to(y.device)
-        total += diffusion.loss(model, x_0, y, kind, t=t, eps=eps).item() * len(y)
+        total += diffusion.loss(model, x_0, y, t, eps, kind).item() * len(y)
     return total / len(digits)
 
 
@@ -131,35 +123,47 @@ class Run:
             torch.cuda.set_rng_state(state["random_cuda"])
 
 
-def train(cfg: TrainConfig, resume: bool = False) -> DiT:
+def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) -> DiT:
     """Run the recipe and return the averaged network. Writes the checkpoint, loss.csv and loss.png as it goes.
 
     A first Ctrl-C or SIGTERM saves the run and raises TrainingStopped. CheckpointError, DataError, OSError or
     TrainingError with a sentence when it cannot start or go on.
     """
-    device = pick_device(cfg.device)
-    files = RunFiles(cfg, resume)
-    train_set = load_mnist(True, cfg.data_dir, device, cfg.limit)
-    test_set = load_mnist(False, cfg.data_dir, device, cfg.limit)
+    ranks = ranks or Ranks()
+    if cfg.batch_size % ranks.size:
+        raise TrainingError(f"a batch of {cfg.batch_size} cannot be shared evenly by {ranks.size} processes")
+    device = pick_device(cfg.device, ranks.local_rank)
+    files = RunFiles(cfg)
+    resume = resume or (ranks.restarted and files.state.exists())
+    with ranks.leader_first():  # who unpacks the archives
+        train_set = load_mnist(True, cfg.data_dir, device, cfg.limit)
+        test_set = load_mnist(False, cfg.data_dir, device, cfg.limit)
     steps_an_epoch = len(train_set) // cfg.batch_size
-    if steps_an_epoch == 0:
-        raise TrainingError(f"a batch of {cfg.batch_size} is more than the {len(train_set)} training images")
     total_steps = cfg.epochs * steps_an_epoch
     diffusion = GaussianDiffusion(T)
     run = Run(cfg, device)
     if resume:
         run.restore(files.load_state())
+        files.ours = True
+        if ranks.leads:
+            tqdm.write(f"resumed at step {run.step} of {total_steps}")
+    elif ranks.leads:
+        files.keep_state_of_another_run()
+    network = ranks.wrap(run.model)
 
     bar = tqdm(total=total_steps * cfg.batch_size, initial=run.step * cfg.batch_size, unit="img", unit_scale=True,
-               mininterval=0.5, smoothing=0.05)
-    with bar, stop_signals() as stopped:
+               mininterval=0.5, smoothing=0.05, disable=not ranks.leads)
+    with bar, stop_signals() as signals:
         for epoch in range(len(run.curve) + 1, cfg.epochs + 1):
             bar.set_description(f"epoch {epoch}/{cfg.epochs}", refresh=False)
             run.shuffle_at_epoch = run.shuffle.get_state()
             done = run.step - (epoch - 1) * steps_an_epoch  # not 0 in an epoch that a stopped run had begun
             for index in islice(train_set.batches(cfg.batch_size, run.shuffle), done, None):
+                # DDPM Algorithm 1, with the dropped labels of CFG Algorithm 1
                 x_0, y = train_set[index]
-                loss = diffusion.loss(run.model, x_0, y, cfg.loss)
+                t, eps = diffusion.draw_t_and_eps(x_0)
+                y = run.model.y_embedder.drop(y)
+                loss = diffusion.loss(network, *ranks.share(x_0, y, t, eps), cfg.loss)
                 loss.backward()
                 for optimizer in run.optimizers:
                     for group in optimizer.param_groups:
@@ -168,23 +172,27 @@ def train(cfg: TrainConfig, resume: bool = False) -> DiT:
                     optimizer.zero_grad()
                 run.step += 1
                 update_ema(run.ema, run.model, run.step, cfg.ema_decay)
-                run.loss_sum += loss.detach()
+                run.loss_sum += ranks.mean(loss.detach())
                 done += 1
+
                 if bar.update(cfg.batch_size):
                     bar.set_postfix(loss=f"{finite(run.loss_sum / done, run.step, cfg):.4f}", refresh=False)
-                if run.step % cfg.checkpoint_every == 0 or run.step == total_steps or stopped():
+                stop = ranks.any(bool(signals))
+                if run.step % cfg.checkpoint_every == 0 or run.step == total_steps or stop:
                     finite(run.loss_sum, run.step, cfg)
-                    files.save_run(run)
-                if stopped():
+                    if ranks.leads:
+                        files.save_run(run.state(), run.ema, run.step)
+                if stop:
                     raise TrainingStopped(f"stopped at step {run.step} of {total_steps}; the same command with --resume "
-                                          "goes on from there", stopped()[0])
+                                          "goes on from there", signals[0] if signals else signal.SIGTERM)
             run.curve.append({
                 "epoch": epoch, "step": run.step, "train_loss": finite(run.loss_sum / done, run.step, cfg),
                 "test_loss": held_out_loss(run.ema, diffusion, test_set, cfg.loss), "seconds": run.seconds(),
             })
             bar.set_postfix({name: f"{run.curve[-1][name]:.4f}" for name in ("train_loss", "test_loss")})
             run.loss_sum.zero_()
-            files.save_curve(run.curve, last=epoch == cfg.epochs)
+            if ranks.leads:
+                files.save_curve(run.curve, last=epoch == cfg.epochs)
     return run.ema
 
 
@@ -197,101 +205,11 @@ def finite(loss: Tensor, step: int, cfg: TrainConfig) -> float:
     return value
 
 
-class RunFiles:
-    """What a run writes: model.pth, and beside it model.resume.pth, loss.csv and loss.png. OSError if it could not."""
-
-    def __init__(self, cfg: TrainConfig, resume: bool):
-        self.cfg = cfg
-        self.weights = Path(cfg.checkpoint)
-        self.state = self.weights.with_name(f"{self.weights.stem}.resume{self.weights.suffix}")
-        self.csv, self.png = self.weights.with_name("loss.csv"), self.weights.with_name("loss.png")
-        self.all = (self.weights, self.state, self.csv, self.png)
-        self.ours = resume  # whether the files that are there are this run's own
-        self.drawn = -math.inf
-        for path in self.all:
-            check_writable(path)
-        if self.state.exists() and not resume:
-            tqdm.write(f"{self.state} holds a stopped run: --resume goes on with it; this run is a new one and will "
-                       "keep it under another name")
-
-    def load_state(self) -> dict:
-        """The content of model.resume.pth. CheckpointError if it is unfit, or its recipe is another one."""
-        content = load_checkpoint(self.state, {"recipe": dict, "ema": dict, "weights": dict, "optimizers": list})
-        ours, theirs = asdict(self.cfg), content["recipe"]
-        changed = [(name, theirs.get(name), ours.get(name)) for name in ours | theirs
-                   if name not in MAY_CHANGE | {"model"} and theirs.get(name) != ours.get(name)]
-        changed += [(name, theirs["model"].get(name), ours["model"].get(name)) for name in ours["model"] | theirs["model"]
-                    if theirs["model"].get(name) != ours["model"].get(name)]
-        if changed:
-            differences = ", ".join(f"{name} was {before} and is {now}" for name, before, now in changed)
-            raise CheckpointError(f"{self.state} belongs to another recipe: {differences}; resume with the options that "
-                                  "it was started with, or leave out --resume to start anew")
-        if len(content["curve"]) > self.cfg.epochs:
-            raise CheckpointError(f"{self.state} has done {len(content['curve'])} epochs already, more than --epochs "
-                                  f"{self.cfg.epochs}")
-        with torch.device("meta"):
-            network = DiT(self.cfg.model)
-        check_weights(self.state, content["weights"], network)
-        check_weights(self.state, content["ema"], network)
-        return content
-
-    def save_run(self, run: Run) -> None:
-        """The state first: a crash between the two leaves a model.pth that is older, and both can be loaded."""
-        self._keep_what_another_run_made()
-        recipe = asdict(self.cfg)
-        save_checkpoint(self.state, {**run.state(), "recipe": recipe})
-        save_checkpoint(self.weights, weights_of(run.ema, run.step, recipe))
-
-    def save_curve(self, curve: list[dict], last: bool) -> None:
-        self._keep_what_another_run_made()
-        write_atomically(self.csv, lambda path: write_csv(path, curve))
-        if last or time.monotonic() - self.drawn > 10:  # a picture takes as long as many steps on a GPU
-            write_atomically(self.png, lambda path: draw_curve(path, curve, self.cfg.loss))
-            self.drawn = time.monotonic()
-
-    def _keep_what_another_run_made(self) -> None:
-        if self.ours:
-            return
-        self.ours = True
-        present = [path for path in self.all if path.exists()]
-        number = 1
-        while any(_kept_name(path, number).exists() for path in present):
-            number += 1
-        for path in present:
-            path.rename(_kept_name(path, number))
-            tqdm.write(f"{path} is another run's: kept as {_kept_name(path, number)}")
-
-
-def _kept_name(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.stem}.old-{number}{path.suffix}")
-
-
-def write_csv(path: Path, curve: list[dict]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, curve[0])
-        writer.writeheader()
-        for row in curve:
-            losses = {name: f"{row[name]:.6f}" for name in ("train_loss", "test_loss")}
-            writer.writerow(row | losses | {"seconds": f"{row['seconds']:.1f}"})
-
-
-def draw_curve(path: Path, curve: list[dict], kind: str) -> None:
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for name, label in (("train_loss", "training images, weights on the way"),
-                        ("test_loss", "test images, averaged weights, fixed t and noise")):
-        axes.plot([row["epoch"] for row in curve], [row[name] for row in curve], ".-", label=label)
-    axes.set(xlabel="epoch", ylabel=f"{kind} loss of the noise", yscale="log")
-    axes.legend()
-    axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=120)
-
-
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], list[int]]]:
+def stop_signals() -> Iterator[list[int]]:
     """Within it, a first Ctrl-C or SIGTERM is only noted, so that the step at hand is finished; a second one acts at once.
 
-    Yields a function that returns the numbers of the signals that came.
+    Yields the list that the signals' numbers are put in.
     """
     came: list[int] = []
 
@@ -305,7 +223,7 @@ def stop_signals() -> Iterator[Callable[[], list[int]]]:
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: came
+        yield came
     finally:
         restore()
 
@@ -330,15 +248,23 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = TrainConfig(model=ModelConfig(**chosen(args, ModelConfig)), **chosen(args, TrainConfig))
         pick_device(cfg.device)
-    except ValueError as error:
+        RunFiles(cfg)
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     try:
-        train(cfg, resume=args.resume)
+        with joined_ranks() as ranks:
+            train(cfg, args.resume, ranks)
     except TrainingStopped as stop:
         print(stop)
         return 128 + stop.signal_number
     except (CheckpointError, DataError, OSError, TrainingError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        print(f"train.py: error: out of memory with batches of {cfg.batch_size} images and this network; try a smaller "
+              "--batch-size", file=sys.stderr)
         return 1
     return 0
 

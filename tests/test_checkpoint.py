@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import random
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ from checkpoint import (
     check_writable,
     load_model,
     save_checkpoint,
-    weights_of,
     write_atomically,
 )
+
+
+def weights_of(model, step, recipe):
+    return {"model_config": asdict(model.config), "ema": model.state_dict(), "step": step, "recipe": recipe}
 
 
 @pytest.fixture

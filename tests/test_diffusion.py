@@ -98,23 +98,18 @@ def test_loss_is_the_mean_distance_of_eps(kind):
         asked.update(x_t=x_t, t=t, y=labels)
         return torch.zeros_like(x_t)
 
-    loss = D.loss(model, x_0, y, kind, t=TIMES, eps=eps).item()
+    loss = D.loss(model, x_0, y, TIMES, eps, kind).item()
     assert loss == pytest.approx(eps.abs().mean().item() if kind == "l1" else (eps**2).mean().item())
     assert torch.equal(asked["x_t"], D.q_sample(x_0, TIMES, eps))
     assert torch.equal(asked["t"], TIMES) and torch.equal(asked["y"], y)
 
 
-def test_loss_draws_every_t_and_standard_normal_noise():
-    times, noises = [], []
-
-    def model(x_t, t, y):
-        times.append(t)
-        noises.append(D.predict_eps(x_t, t, torch.zeros_like(x_t)))
-        return x_t
-
-    D.loss(model, torch.zeros(20_000, 1, 2, 2), torch.zeros(20_000), generator=torch.Generator().manual_seed(0))
-    assert set(times[0].tolist()) == set(range(1000))
-    assert noises[0].mean().abs() < 0.02 and noises[0].std() == pytest.approx(1, abs=0.02)
+def test_every_t_is_drawn_with_standard_normal_noise():
+    x_0 = torch.zeros(20_000, 1, 2, 2)
+    t, eps = D.draw_t_and_eps(x_0, torch.Generator().manual_seed(0))
+    assert set(t.tolist()) == set(range(1000))
+    assert eps.shape == x_0.shape and eps.mean().abs() < 0.02 and eps.std().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(D.draw_t_and_eps(x_0, torch.Generator().manual_seed(0))[1], eps)
 
 
 # Against diffusers, step by step with the same noise

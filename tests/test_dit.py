@@ -74,8 +74,8 @@ def test_the_papers_models_have_their_parameter_counts(name):
     ({"patch_size": 5}, "patch_size 5 does not divide image_size 28"),
     ({"num_heads": 3}, "num_heads 3 does not divide hidden_size 64"),
     ({"hidden_size": 66, "num_heads": 2}, "hidden_size 66 is not a multiple of 4"),
-    ({"depth": 0}, "depth must be at least 1"),
-    ({"patch_size": 0}, "patch_size must be at least 1"),
+    ({"depth": 0}, r"depth must lie in \[1, 1000\], not 0"),
+    ({"patch_size": 0}, "patch_size must lie in"),
     ({"class_dropout_prob": 1.5}, r"class_dropout_prob must lie in \[0, 1\]"),
     ({"mlp_ratio": math.nan}, "mlp_ratio"),
     ({"label_init_std": -1.0}, "label_init_std"),
@@ -224,15 +224,21 @@ def test_every_patch_sees_every_other(open_network):
     assert difference.min() > 0
 
 
-def test_labels_are_dropped_in_training_only(open_network):
+def test_labels_are_dropped_with_the_configs_probability(open_network):
     torch.manual_seed(0)
     embedder = open_network.y_embedder
-    y = torch.zeros(10_000, dtype=torch.long)
-    null_row = embedder.embedding_table.weight[open_network.config.num_classes]
+    y = torch.arange(50_000) % 5
+    kept = embedder.drop(y)
     assert embedder.null_class == open_network.config.num_classes == 5
-    assert not (embedder(y) == null_row).all(dim=1).any()
-    share = (embedder.train()(y) == null_row).all(dim=1).float().mean().item()
-    assert share == pytest.approx(open_network.config.class_dropout_prob, abs=0.01)
+    assert set(kept[kept != y].tolist()) == {5}
+    assert (kept == 5).float().mean().item() == pytest.approx(open_network.config.class_dropout_prob, abs=0.01)
+    embedder.dropout_prob = 0.0
+    assert torch.equal(embedder.drop(y), y)
+
+
+def test_the_null_class_has_the_row_after_the_last_label(open_network):
+    embedder = open_network.y_embedder
+    assert torch.equal(embedder(torch.tensor([5])), embedder.embedding_table.weight[-1:])
 
 
 def test_a_label_that_is_none_is_refused(open_network):

@@ -114,7 +114,8 @@ def test_it_learns(tmp_path, train_tiny):
 def test_checkpoints_come_every_so_many_steps_and_at_the_end_but_not_at_step_0(tmp_path, train_tiny, monkeypatch):
     saved = []
     keep = train.RunFiles.save_run
-    monkeypatch.setattr(train.RunFiles, "save_run", lambda files, run: (saved.append(run.step), keep(files, run)))
+    monkeypatch.setattr(train.RunFiles, "save_run",
+                        lambda files, state, ema, step: (saved.append(step), keep(files, state, ema, step)))
     assert train_tiny(tmp_path, "--epochs", 3, "--checkpoint-every", 4)[0] == 0
     assert saved == [4, 8, 9]
 
@@ -150,7 +151,7 @@ def test_what_another_run_made_is_set_aside(tmp_path, train_tiny):
     assert status == 0, err
     assert (tmp_path / "model.old-1.pth").read_text() == "precious model.old-1.pth"
     assert (tmp_path / "model.old-2.pth").read_text() == "precious model.pth"
-    assert (tmp_path / "loss.old-2.csv").read_text() == "precious loss.csv"
+    assert (tmp_path / "loss.old-1.csv").read_text() == "precious loss.csv"
     assert "model.pth is another run's: kept as" in out and "model.old-2.pth" in out
     assert load_model(tmp_path / "model.pth")[1]["step"] == 3
 
@@ -234,7 +235,7 @@ def test_a_stopped_run_is_named_when_a_new_one_starts(tmp_path, train_tiny):
     assert train_tiny(tmp_path)[0] == 0
     state = (tmp_path / "model.resume.pth").read_bytes()
     status, out, _ = train_tiny(tmp_path)
-    assert status == 0 and "model.resume.pth holds a stopped run: --resume goes on with it" in out
+    assert status == 0 and "model.resume.pth is of a run that can go on with --resume; this is a new one" in out
     assert (tmp_path / "model.resume.old-1.pth").read_bytes() == state
 
 
@@ -252,14 +253,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, trai
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (("--epochs", "0"), "epochs must be at least 1, not 0"),
-    (("--batch-size", "-5"), "batch_size must be at least 1"),
+    (("--epochs", "0"), "epochs must lie in [1, 1000000], not 0"),
+    (("--batch-size", "-5"), "batch_size must lie in [1, 60000], not -5"),
     (("--lr", "nan"), "lr must be positive and finite"),
     (("--lr", "0"), "lr must be positive and finite"),
     (("--lr", "fast"), "invalid float value: 'fast'"),
     (("--loss", "huber"), "invalid choice: 'huber'"),
     (("--ema-decay", "1"), "ema_decay must lie in [0, 1)"),
-    (("--seed", "-1"), "seed must lie in [0, 2^63)"),
+    (("--seed", "-1"), "seed must lie in [0, 9223372036854775807], not -1"),
     (("--patch-size", "5"), "patch_size 5 does not divide image_size 28"),
     (("--hidden-size", "30"), "num_heads 4 does not divide hidden_size 30"),
     (("--device", "abacus"), "device 'abacus' cannot be used here"),
@@ -273,12 +274,13 @@ def test_bad_arguments(tmp_path, monkeypatch, refused, options, words):
 
 
 def test_bad_places(tmp_path, refused):
-    refused(train.main, 1, "there is no folder", "--checkpoint", tmp_path / "nowhere" / "model.pth")
-    refused(train.main, 1, "is a folder", "--checkpoint", tmp_path)
+    refused(train.main, 2, "there is no folder", "--checkpoint", tmp_path / "nowhere" / "model.pth")
+    refused(train.main, 2, "is a folder", "--checkpoint", tmp_path)
+    refused(train.main, 2, "is a folder", "--checkpoint", "")
+    refused(train.main, 2, "is where the loss curve goes", "--checkpoint", tmp_path / "loss.csv")
+    refused(train.main, 2, "batch_size 301 is more than the 300 images", *TINY, "--batch-size", 301)
     refused(train.main, 1, "train-images-idx3-ubyte.gz is missing", "--checkpoint", tmp_path / "model.pth",
             "--data-dir", tmp_path)
-    refused(train.main, 1, "a batch of 301 is more than the 300 training images", "--checkpoint", tmp_path / "model.pth",
-            *TINY, "--batch-size", 301)
     assert not list(tmp_path.iterdir())
 
 

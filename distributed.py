@@ -1,0 +1,81 @@
+"""Several processes that share the work of each batch, as torchrun starts them; without torchrun, one.
+
+Every process draws the same random numbers for the whole batch and computes its share of it, so that the number of
+processes does not change the result.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """rank: this process's number in [0, size); local_rank: its number on this machine, which is its GPU's too."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    restarted: bool = False  # by torchrun, after a process had died
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes files and draws the bar."""
+        return self.rank == 0
+
+    def share(self, *batches: Tensor) -> list[Tensor]:
+        """This process's part of each tensor of a whole batch."""
+        return [batch.chunk(self.size)[self.rank] for batch in batches]
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """`model`, its gradients averaged over the processes at every backward pass."""
+        return nn.parallel.DistributedDataParallel(model) if self.size > 1 else model
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of the processes' values."""
+        if self.size > 1:
+            distributed.all_reduce(value)
+        return value / self.size
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is true in one of the processes; the same answer in all of them."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(int(flag))  # on the CPU, where reading it waits for no GPU
+        distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
+        return bool(flags)
+
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """The block, run by the leader and then by the others."""
+        if not self.leads:
+            distributed.barrier()
+        yield
+        if self.leads and self.size > 1:
+            distributed.barrier()
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """The processes of this run, connected while the context lasts: by NCCL for GPUs, by Gloo for CPUs."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks()
+        return
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    store, rank, size = next(distributed.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # torchrun keeps one store over restarts: without a name of its own, a new process finds the addresses of dead ones.
+        # Several machines count their restarts apart; there, README's command makes torchrun take a new store each time.
+        store = distributed.PrefixStore(f"start {restarts}", store)
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of the patch weights, which `PatchEmbed` permutes
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
+    try:
+        yield Ranks(rank, size, int(os.environ["LOCAL_RANK"]), restarted=restarts > 0)
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,124 @@
+"""What a training run leaves on disk: its weights, the state to go on from, and the loss curve."""
+
+import csv
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from checkpoint import CheckpointError, check_weights, check_writable, load_checkpoint, save_checkpoint, write_atomically
+from config import TrainConfig
+from dit import DiT
+
+MAY_CHANGE = {"epochs", "checkpoint", "checkpoint_every", "data_dir", "device"}  # fields of the recipe, at --resume
+STATE = {"recipe": dict, "weights": dict, "ema": dict, "optimizers": list, "step": int, "curve": list, "seconds": float,
+         "loss_sum": torch.Tensor, "shuffle": torch.Tensor, "random": torch.Tensor}  # entries of model.resume.pth
+
+
+class RunFiles:
+    """model.pth, and beside it model.resume.pth, loss.csv and loss.png. What another run made is kept under other names.
+
+    OSError with a sentence if they could not be written.
+    """
+
+    def __init__(self, cfg: TrainConfig):
+        self.cfg = cfg
+        self.weights = Path(cfg.checkpoint)
+        check_writable(self.weights)
+        self.state = self.weights.with_name(f"{self.weights.stem}.resume{self.weights.suffix}")
+        self.csv, self.png = self.weights.with_name("loss.csv"), self.weights.with_name("loss.png")
+        if self.weights in (self.csv, self.png):
+            raise OSError(f"{self.weights} is where the loss curve goes: choose another --checkpoint")
+        for path in (self.state, self.csv, self.png):
+            check_writable(path)
+        self.ours = False  # whether the files that are there are this run's own
+        self.drawn = -math.inf
+
+    def load_state(self) -> dict:
+        """The content of model.resume.pth. CheckpointError if it is unfit, or of a run with another recipe."""
+        content = load_checkpoint(self.state, STATE)
+        before, now = _flat(content["recipe"]), _flat(asdict(self.cfg))
+        changed = [name for name in now | before if name not in MAY_CHANGE and before.get(name) != now.get(name)]
+        if changed:
+            differences = ", ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in changed)
+            raise CheckpointError(f"{self.state} belongs to another recipe: {differences}; resume with the options that "
+                                  "it was started with, or leave out --resume to start anew")
+        done = len(content["curve"])
+        if done > self.cfg.epochs:
+            raise CheckpointError(f"{self.state} has done {done} epochs already, more than --epochs {self.cfg.epochs}")
+        with torch.device("meta"):
+            network = DiT(self.cfg.model)
+        for name in ("weights", "ema"):
+            check_weights(self.state, content[name], network)
+        return content
+
+    def save_run(self, state: dict, ema: DiT, step: int) -> None:
+        """The state first: a crash between the two leaves a model.pth that is older, and both can be loaded."""
+        self._keep_what_another_run_made()
+        recipe = asdict(self.cfg)
+        save_checkpoint(self.state, {**state, "recipe": recipe})
+        weights = {name: value.cpu() for name, value in ema.state_dict().items()}  # loads where there is no GPU
+        save_checkpoint(self.weights, {"model_config": asdict(ema.config), "ema": weights, "step": step, "recipe": recipe})
+
+    def save_curve(self, curve: list[dict], last: bool) -> None:
+        self._keep_what_another_run_made()
+        write_atomically(self.csv, lambda path: write_csv(path, curve))
+        if last or time.monotonic() - self.drawn > 10:  # a picture takes as long as many steps on a GPU
+            write_atomically(self.png, lambda path: draw_curve(path, curve, self.cfg.loss))
+            self.drawn = time.monotonic()
+
+    def keep_state_of_another_run(self) -> None:
+        """At the start of a new run, so that a state that is found later is this run's."""
+        if self.state.exists():
+            kept = _keep(self.state)
+            tqdm.write(f"{self.state} is of a run that can go on with --resume; this is a new one, so it is kept as {kept} "
+                       "(stop, rename it back and add --resume to go on with it)")
+
+    def _keep_what_another_run_made(self) -> None:
+        """At the first write, and not before, so that a run that comes to nothing changes nothing."""
+        if not self.ours:
+            for path in (self.weights, self.csv, self.png):
+                if path.exists():
+                    tqdm.write(f"{path} is another run's: kept as {_keep(path)}")
+        self.ours = True
+
+
+def _keep(path: Path) -> Path:
+    """Rename a file to the first free name of model.old-1.pth, model.old-2.pth, ..., and return that."""
+    number = 1
+    while (kept := path.with_name(f"{path.stem}.old-{number}{path.suffix}")).exists():
+        number += 1
+    return path.rename(kept)
+
+
+def _flat(recipe: dict) -> dict:
+    """The fields of the recipe and of its network side by side."""
+    network = recipe["model"] if isinstance(recipe.get("model"), dict) else {}
+    return {name: value for name, value in recipe.items() if name != "model"} | network
+
+
+def write_csv(path: Path, curve: list[dict]) -> None:
+    """A row an epoch, under the names of its values."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, curve[0])
+        writer.writeheader()
+        for row in curve:
+            losses = {name: f"{row[name]:.6f}" for name in ("train_loss", "test_loss")}
+            writer.writerow(row | losses | {"seconds": f"{row['seconds']:.1f}"})
+
+
+def draw_curve(path: Path, curve: list[dict], kind: str) -> None:
+    """Both losses against the epoch."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, label in (("train_loss", "training images, weights on the way"),
+                        ("test_loss", "test images, averaged weights, fixed t and noise")):
+        axes.plot([row["epoch"] for row in curve], [row[name] for row in curve], ".-", label=label)
+    axes.set(xlabel="epoch", ylabel=f"{kind} loss of the noise", yscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,105 @@
+"""Two processes give what one gives, and a run goes on when one of them is killed."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from checkpoint import load_model
+from distributed import Ranks
+
+pytestmark = pytest.mark.slow
+OPTIONS = [*map(str, TINY), "--epochs", "4", "--lr", "0.01"]
+
+
+def torchrun(*options, cwd, processes=2, restarts=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+               f"--max-restarts={restarts}", str(ROOT / "train.py"), *OPTIONS, *map(str, options)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process) -> str:
+    out, _ = process.communicate(timeout=180)
+    return out
+
+
+def ema_and_curve(folder):
+    with open(folder / "loss.csv", newline="") as file:
+        curve = [(float(row["train_loss"]), float(row["test_loss"])) for row in csv.DictReader(file)]
+    return load_model(folder / "model.pth")[0].state_dict(), curve
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *OPTIONS], cwd=folder, check=True, capture_output=True)
+    return ema_and_curve(folder)
+
+
+def assert_same(folder, expected):
+    (ema, curve), (expected_ema, expected_curve) = ema_and_curve(folder), expected
+    for name in expected_ema:
+        torch.testing.assert_close(ema[name], expected_ema[name], rtol=1e-3, atol=1e-4)
+    assert len(curve) == 4
+    torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected_curve), rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_give_what_one_gives(tmp_path, one_process):
+    process = torchrun(cwd=tmp_path)
+    out = finish(process)
+    assert process.returncode == 0, out
+    assert_same(tmp_path, one_process)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pth", "model.resume.pth", "loss.csv", "loss.png"}
+
+
+def test_a_killed_process_is_restarted_and_the_run_goes_on(tmp_path, one_process):
+    (tmp_path / "model.resume.pth").write_text("of an earlier run")
+    process = torchrun("--checkpoint-every", 1, cwd=tmp_path, restarts=1)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "model.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+               .stdout.split()]
+    step = load_model(tmp_path / "model.pth")[1]["step"]
+    os.kill(workers[-1], signal.SIGKILL)
+    out = finish(process)
+    assert process.returncode == 0, out
+    assert step < 12 and re.search(r"resumed at step \d+", out), out
+    assert_same(tmp_path, one_process)
+    assert (tmp_path / "model.resume.old-1.pth").read_text() == "of an earlier run"
+
+
+def test_a_signal_stops_all_processes_after_saving(tmp_path, one_process):
+    process = torchrun("--checkpoint-every", 1000, cwd=tmp_path)
+    bar = ""
+    while "train_loss" not in bar:  # the first epoch is over
+        bar += process.stdout.read(1)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    assert load_model(tmp_path / "model.pth")[1]["step"] < 12
+    process = torchrun("--checkpoint-every", 1000, "--resume", cwd=tmp_path)
+    out = finish(process)
+    assert process.returncode == 0, out
+    assert_same(tmp_path, one_process)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    process = torchrun("--batch-size", 99, cwd=tmp_path)
+    out = finish(process)
+    assert process.returncode == 1
+    assert "a batch of 99 cannot be shared evenly by 2 processes" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_process_needs_no_connection():
+    alone = Ranks()
+    x = torch.arange(6)
+    assert alone.leads and torch.equal(alone.share(x)[0], x) and alone.mean(x) is not None and alone.any(True)
+    assert [torch.equal(Ranks(rank, 3).share(x)[0], x[2 * rank:2 * rank + 2]) for rank in range(3)] == [True] * 3
