@@ -1,4 +1,4 @@
-"""The DiT block with adaLN-Zero conditioning (DiT section 3.2 and the left half of Figure 3).
+"""The DiT block with adaLN-Zero conditioning (DiT section 3.2; Figure 3, "DiT Block with adaLN-Zero").
 
 Figure 3 calls the shift, scale and gate of a modulation beta, gamma and alpha; here beta and alpha belong to the schedule.
 Shapes: N images, L tokens an image, D the width of a token.

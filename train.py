@@ -179,7 +179,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
                     bar.set_postfix(loss=f"{finite(run.loss_sum / done, run.step, cfg):.4f}", refresh=False)
                 stop = ranks.any(bool(signals))
                 if run.step % cfg.checkpoint_every == 0 or run.step == total_steps or stop:
-                    finite(run.loss_sum, run.step, cfg)
+                    finite(run.loss_sum + sum(p.detach().sum() for p in run.model.parameters()), run.step, cfg)
                     if ranks.leads:
                         files.save_run(run.state(), run.ema, run.step)
                 if stop:
@@ -197,11 +197,11 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
 
 
 def finite(loss: Tensor, step: int, cfg: TrainConfig) -> float:
-    """The value of a loss; TrainingError if it is not a finite number."""
+    """The value of a loss, or of a sum that holds one; TrainingError if it is not a finite number."""
     value = loss.item()
     if not math.isfinite(value):
-        raise TrainingError(f"the loss is {value} at step {step} (learning rate up to {cfg.lr:g}); {cfg.checkpoint} is as "
-                            "it was saved before: try a lower --lr or a longer --warmup-steps")
+        raise TrainingError(f"the loss or a weight is {value} at step {step} (learning rate up to {cfg.lr:g}); "
+                            f"{cfg.checkpoint} is as it was saved before: try a lower --lr or a longer --warmup-steps")
     return value
 
 
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = TrainConfig(model=ModelConfig(**chosen(args, ModelConfig)), **chosen(args, TrainConfig))
         pick_device(cfg.device)
-        RunFiles(cfg)
+        RunFiles(cfg)  # what could not be written or used is said now, as a mistake in the arguments
     except (OSError, ValueError) as error:
         parser.error(str(error))
     try:

@@ -246,10 +246,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, trai
     before = content(tmp_path)
     status, _, err = train_tiny(tmp_path, "--epochs", 9, "--lr", 1e30)
     assert status == 1
-    assert re.search(r"train\.py: error: the loss is (nan|inf) at step \d+ \(learning rate up to 1e\+30\); .*model\.pth "
-                     "is as it was saved before", err.splitlines()[-1])
+    assert re.search(r"train\.py: error: the loss or a weight is (nan|inf) at step \d+ \(learning rate up to 1e\+30\); "
+                     r".*model\.pth is as it was saved before", err.splitlines()[-1])
     assert "Traceback" not in err
     assert content(tmp_path)["model.pth"] == before["model.pth"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, train_tiny, monkeypatch):
+    """The loss of the last step is good, and its update is not."""
+    update = torch.optim.AdamW.step
+
+    def spoil_the_third(self):
+        update(self)
+        if self.state[self.param_groups[0]["params"][0]]["step"] == 3:
+            self.param_groups[0]["params"][-1].data[0] = torch.nan
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil_the_third)
+    status, _, err = train_tiny(tmp_path)
+    assert status == 1 and "the loss or a weight is nan at step 3" in err.splitlines()[-1]
+    assert not (tmp_path / "model.pth").exists()
 
 
 @pytest.mark.parametrize(("options", "words"), [
