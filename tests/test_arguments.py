@@ -116,4 +116,4 @@ def test_the_picture_does_not_replace_the_weights(tmp_path, tiny_checkpoint):
 
 def test_the_scripts_are_all_here():
     scripts = {path.stem for path in ROOT.glob("*.py") if "__main__" in path.read_text()}
-    assert scripts == {"train", "inference"}
+    assert scripts == {"train", "inference", "evaluate"}

@@ -1,0 +1,254 @@
+"""How good the digits are: recognised as what was asked for, spread as real digits are, and not copied.
+
+    python evaluate.py --sampler ddim --steps 50 --json results.json
+
+Each figure stands beside that of real images, which is the best one can hope for. Needs requirements-dev.txt.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm import tqdm
+
+from checkpoint import CheckpointError, check_writable, load_checkpoint, load_model, save_checkpoint, write_atomically
+from config import MNIST_IMAGES
+from dataset import DataError, Digits, load_mnist
+from inference import add_sampling_options, check_sampling_options, generate, positive_int, show_canvas, tile
+
+EPOCHS, BATCH_SIZE = 8, 125  # of the recogniser; and images drawn at a time
+
+
+class Recogniser(nn.Module):
+    """A CNN that reads digits, the judge of the drawn ones. (N, 1, 28, 28) in [-1, 1] -> (N, 10) logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_features = 128
+
+        def convolution(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False),
+                                 nn.BatchNorm2d(channels_out), nn.ReLU())
+
+        self.convolutions = nn.Sequential(convolution(1, 16, 1), convolution(16, 32, 2), convolution(32, 64, 1),
+                                          convolution(64, 64, 2), convolution(64, 64, 1), nn.Flatten())
+        self.hidden = nn.Sequential(nn.Linear(64 * 7 * 7, self.num_features), nn.BatchNorm1d(self.num_features), nn.ReLU())
+        self.head = nn.Linear(self.num_features, 10)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(N, 128): what the last layer reads."""
+        return self.hidden(self.convolutions(images))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(F.dropout(self.features(images), 0.3, self.training))
+
+
+def shaken(images: Tensor) -> Tensor:
+    """Each image turned by up to 12 degrees, resized by up to 12% and moved by up to 2 pixels."""
+    N = len(images)
+    angle, scale = (torch.rand(N) - 0.5) * 0.42, 1 + (torch.rand(N) - 0.5) * 0.24
+    shift = (torch.rand(N, 2, 1) - 0.5) * 4 / 14
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    rows = torch.stack([cos, -sin, sin, cos], dim=1).reshape(N, 2, 2)
+    grid = F.affine_grid(torch.cat([rows, shift], dim=2).to(images.device), list(images.shape), align_corners=False)
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # what comes in from outside is black
+
+
+def trained_recogniser(file: Path, train_set: Digits, test_set: Digits, epochs: int = EPOCHS) -> Recogniser:
+    """The recogniser kept in `file`, or a new one, trained on the real training images and kept there."""
+    device = train_set.images.device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        judge = Recogniser()
+        if file.exists():
+            judge.load_state_dict(load_checkpoint(file, {"recogniser": dict})["recogniser"])
+            return judge.to(device).eval()
+        judge.to(device).train()
+        shuffle = torch.Generator().manual_seed(0)
+        steps = epochs * (len(train_set) // BATCH_SIZE)
+        optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.005, total_steps=steps)
+        with tqdm(total=steps, desc="training the recogniser", unit="step", mininterval=0.5) as bar:
+            for _ in range(epochs):
+                for index in train_set.batches(BATCH_SIZE, shuffle):
+                    images, labels = train_set[index]
+                    optimizer.zero_grad()
+                    F.cross_entropy(judge(shaken(images)), labels).backward()
+                    optimizer.step()
+                    schedule.step()
+                    bar.update()
+    save_checkpoint(file, {"recogniser": judge.state_dict()})
+    return judge.eval()
+
+
+@torch.no_grad()
+def in_batches(function, images: Tensor) -> Tensor:
+    return torch.cat([function(part) for part in images.split(500)])
+
+
+def accuracy(judge: Recogniser, images: Tensor, labels: Tensor) -> tuple[float, list[float]]:
+    """The share of images that are recognised as their label; overall, and digit by digit."""
+    right = (in_batches(judge, images).argmax(dim=1) == labels).float()
+    return right.mean().item(), [right[labels == digit].mean().item() for digit in range(10)]
+
+
+def frechet_distance(judge: Recogniser, real: Tensor, drawn: Tensor) -> float:
+    """Between two sets of images, in the features of the judge (Heusel et al. 2017)."""
+
+    class Features(nn.Module):  # as torchmetrics calls its extractor
+        num_features = judge.num_features
+
+        def forward(self, images: Tensor) -> Tensor:
+            return judge.features(images)
+
+    metric = FrechetInceptionDistance(feature=Features()).set_dtype(torch.float64)
+    with torch.no_grad():
+        for images, is_real in ((real, True), (drawn, False)):
+            for part in images.split(500):
+                metric.update(part, real=is_real)
+    return metric.compute().item()
+
+
+def spread(real: Tensor, drawn: Tensor, k: int = 5) -> dict[str, float]:
+    """Precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) of features (N, D)."""
+    real_radius, drawn_radius = (torch.cdist(x, x).kthvalue(k + 1, dim=1).values for x in (real, drawn))  # itself is the 1st
+    distance = torch.cdist(real, drawn)  # (real, drawn)
+    in_real, in_drawn = distance < real_radius[:, None], distance < drawn_radius[None, :]
+    return {
+        "precision": in_real.any(dim=0).float().mean().item(),
+        "recall": in_drawn.any(dim=1).float().mean().item(),
+        "density": in_real.sum(dim=0).float().mean().item() / k,
+        "coverage": in_real.any(dim=1).float().mean().item(),
+    }
+
+
+def nearest_two(images: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances (N, 2) in pixels to the nearest and the second nearest training image, and their numbers (N, 2)."""
+    training = training.flatten(1)
+    near = [torch.cdist(part.flatten(1), training).topk(2, largest=False) for part in images.split(500)]
+    return torch.cat([part.values for part in near]), torch.cat([part.indices for part in near])
+
+
+def copied_share(images: Tensor, training: Tensor) -> float:
+    """The share of images that are 3 times nearer to one training image than to the next, as a copy of it would be."""
+    nearest, second = nearest_two(images, training)[0].unbind(dim=1)
+    return (nearest < second / 3).float().mean().item()
+
+
+def evaluate(images: Tensor, labels: Tensor, judge: Recogniser, train_set: Digits, test_set: Digits) -> dict[str, dict]:
+    """Every figure: name -> {"drawn": its value for the images, "real": the same for real images}.
+
+    images: (N, 1, 28, 28) in [-1, 1]; labels: (N,), what was asked for.
+    """
+    n = len(images)
+    test_images, test_labels = test_set[:]
+    training = train_set[:][0]
+    drawn, real, also_real = (in_batches(judge.features, x) for x in (images, test_images, training[:n]))
+    share, each = accuracy(judge, images, labels)
+    real_share, real_each = accuracy(judge, test_images, test_labels)
+    results = {"accuracy": {"drawn": share, "real": real_share}}
+    results |= {f"accuracy of {digit}": {"drawn": each[digit], "real": real_each[digit]} for digit in range(10)}
+    results["Frechet distance"] = {"drawn": frechet_distance(judge, test_images, images),
+                                   "real": frechet_distance(judge, test_images, training[:n])}
+    drawn_spread, real_spread = spread(real, drawn), spread(real, also_real)
+    results |= {name: {"drawn": drawn_spread[name], "real": real_spread[name]} for name in drawn_spread}
+    results["copies"] = {"drawn": copied_share(images, training), "real": copied_share(test_images, training)}
+    return results
+
+
+def draw_neighbours(path: Path, images: Tensor, labels: Tensor, training: Tensor) -> None:
+    """Two columns of five for each digit asked for: drawn images, each beside its three nearest training images."""
+    chosen = torch.cat([torch.where(labels == digit)[0][:2] for digit in range(10)])
+    training_flat = training.flatten(1)
+    order = torch.cdist(images[chosen].flatten(1), training_flat).topk(3, largest=False).indices
+    rows = torch.cat([images[chosen][:, None], training[order]], dim=1)  # (20, 4, 1, 28, 28)
+    figure, axes = show_canvas(tile(rows.flatten(0, 1).cpu(), columns=8), left=0, top=22)
+    axes.set_xticks([15 + 30 * column for column in range(8)], labels=["drawn", "1st", "2nd", "3rd"] * 2)
+    figure.savefig(path)
+
+
+def draw_images(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """n images of the checkpoint, as many of each digit as of any other, and their labels."""
+    model, _ = load_model(args.checkpoint, args.device)
+    labels = torch.arange(args.n) % model.config.num_classes
+    images = []
+    with tqdm(total=args.n, desc="drawing", unit="img", mininterval=0.5) as bar:
+        for number, part in enumerate(labels.split(BATCH_SIZE)):
+            images.append(generate(model, part, sampler=args.sampler, steps=args.steps, eta=args.eta,
+                                   guidance=args.guidance, seed=(args.seed * 10_000 + number) % 2**63))
+            bar.update(len(part))
+    return torch.cat(images).clamp(-1, 1), labels.to(args.device)
+
+
+def load_images(path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What --save-images wrote. CheckpointError if it is something else."""
+    content = load_checkpoint(path, {"images": Tensor, "labels": Tensor})
+    images, labels = content["images"], content["labels"]
+    if images.shape != (len(labels), 1, 28, 28) or not images.is_floating_point() or labels.dtype != torch.int64 or \
+            not images.isfinite().all() or not ((labels >= 0) & (labels < 10)).all():
+        raise CheckpointError(f"{path} does not hold images (N, 1, 28, 28) and their labels (N,)")
+    return images.float().clamp(-1, 1).to(device), labels.to(device)
+
+
+def print_table(results: dict[str, dict]) -> None:
+    print(f"{'':18}{'drawn':>10}{'real':>10}")
+    for name, row in results.items():
+        print(f"{name:18}{row['drawn']:10.4f}{row['real']:10.4f}")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure how good the digits of a checkpoint are.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--n", type=positive_int, default=10_000, help="images to draw (default: 10000)")
+    add_sampling_options(parser)
+    add("--data-dir", default="mnist", help="folder that holds MNIST/raw/; the recogniser is kept there (default: mnist)")
+    add("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add("--neighbours", type=Path, metavar="FILE", help="draw some digits beside their nearest training images")
+    add("--save-images", type=Path, metavar="FILE", help="keep the drawn images and their labels")
+    add("--images", type=Path, metavar="FILE", help="measure such a file, and draw nothing")
+    args = parser.parse_args(argv)
+    if [] in vars(args).values():
+        parser.error("an option lacks its value")  # argparse reads --n=-- as an empty list
+    check_sampling_options(parser, args)
+    if not 100 <= args.n <= MNIST_IMAGES:
+        parser.error(f"argument --n: must lie in [100, {MNIST_IMAGES}], not {args.n}")
+    for path in filter(None, (args.json, args.neighbours, args.save_images)):
+        try:
+            check_writable(path)
+        except OSError as error:
+            parser.error(str(error))
+    if args.neighbours and args.neighbours.suffix.lower() != ".png":
+        parser.error(f"argument --neighbours: {args.neighbours} must end in .png")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        train_set, test_set = (load_mnist(train, args.data_dir, args.device) for train in (True, False))
+        judge = trained_recogniser(Path(args.data_dir) / "recogniser.pth", train_set, test_set)
+        images, labels = load_images(args.images, args.device) if args.images else draw_images(args)
+        if args.save_images:
+            save_checkpoint(args.save_images, {"images": images.cpu(), "labels": labels.cpu()})
+        results = evaluate(images, labels, judge, train_set, test_set)
+        print_table(results)
+        if args.json:
+            text = json.dumps(results, indent=1)
+            write_atomically(args.json, lambda path: path.write_text(text))
+        if args.neighbours:
+            write_atomically(args.neighbours, lambda path: draw_neighbours(path, images, labels, train_set[:][0]))
+    except (CheckpointError, DataError, OSError) as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
