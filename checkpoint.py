@@ -26,20 +26,27 @@ class CheckpointError(Exception):
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Call write(temporary file beside `path`), then move the result into place: `path` is old or new, never half.
 
-    OSError with a sentence if that fails; `path` is then as it was.
+    OSError with a sentence if that fails.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = _temporary(path)
     try:
         write(temporary)
         _sync(temporary)
         os.replace(temporary, path)
-        if os.name == "posix":
-            _sync(path.parent)  # the new name itself, which lives in the folder
     except OSError as error:
         raise OSError(f"{path} could not be written ({error.strerror or error}); it is as it was before") from error
     finally:
         temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        try:
+            _sync(path.parent)  # the new name itself, which lives in the folder
+        except OSError as error:
+            raise OSError(f"{path} is written, but a power cut could undo that ({error.strerror or error})") from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
 
 
 def _sync(path: Path) -> None:
@@ -53,12 +60,20 @@ def _sync(path: Path) -> None:
 def check_writable(path: str | Path) -> None:
     """OSError with a sentence if `path` could not be written: better now than after an hour's work."""
     path = Path(path)
-    if path.is_dir():
-        raise OSError(f"{path} is a folder, where a file is meant")
-    if not path.parent.is_dir():
-        raise OSError(f"{path} cannot be written: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise OSError(f"{path} cannot be written: no permission in folder {path.parent}")
+    try:
+        if path.is_dir():
+            raise OSError(f"{path} is a folder, where a file is meant")
+        if not path.parent.is_dir():
+            raise OSError(f"{path} cannot be written: there is no folder {path.parent}")
+        if path.exists() and not path.is_file():
+            raise OSError(f"{path} is not a file that could be replaced")
+        if not os.access(path.parent, os.W_OK):
+            raise OSError(f"{path} cannot be written: no permission in folder {path.parent}")
+        os.lstat(_temporary(path))  # fails otherwise than FileNotFoundError if the name is too long
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}" if error.strerror else str(error)) from error
 
 
 def save_checkpoint(path: str | Path, content: dict) -> None:
@@ -77,24 +92,25 @@ def load_checkpoint(path: str | Path, entries: dict[str, type]) -> dict:
     try:
         file = io.BytesIO(Path(path).read_bytes())
     except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}; `python train.py` makes one, and "
-                              "`git checkout -- model.pth` restores the one that ships") from None
+        raise CheckpointError(f"there is no file {path}") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
+        is_dict = isinstance(content, dict)
+        computed = is_dict and checksum({key: value for key, value in content.items() if key != "sha256"})
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is damaged or not a checkpoint: it holds something other than tensors and plain "
                               "values, and nothing of it was run") from error
-    except Exception as error:  # a damaged file can fail anywhere in torch's reader, with any exception
+    except Exception as error:  # a damaged or crafted file can fail anywhere in torch's reader, with any exception
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({type(error).__name__} while reading it)") from error
-    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+    if not is_dict or not isinstance(content.get("format"), int):
         raise CheckpointError(f"{path} is not a checkpoint of this project: it does not say its format")
     if content["format"] != FORMAT:
         age = "a newer" if content["format"] > FORMAT else "an older"
         raise CheckpointError(f"{path} was written by {age} version of this project (format {content['format']}; "
                               f"this one reads {FORMAT}): load it with that version")
-    if checksum({key: value for key, value in content.items() if key != "sha256"}) != content.get("sha256"):
+    if computed != content.get("sha256"):
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
     for name, kind in entries.items():
         if not isinstance(content.get(name), kind):
@@ -131,6 +147,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Di
 
     CheckpointError if the file is missing, damaged, or not a checkpoint of this project.
     """
+    if not Path(path).exists():
+        raise CheckpointError(f"there is no checkpoint {path}; `python train.py` makes a model.pth, and "
+                              "`git checkout -- model.pth` restores the one that ships")
     info = load_checkpoint(path, WEIGHTS)
     weights = info.pop("ema")
     try:

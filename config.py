@@ -1,4 +1,4 @@
-"""The settings of a network and of a training run. Nothing is computed here.
+"""The settings of a network and of a training run.
 
 A field with a help text in its metadata is an option of `train.py`, so that each default stands in one place.
 """
@@ -29,13 +29,14 @@ class ModelConfig:
     num_classes: int = 10
     class_dropout_prob: float = option(0.1, "share of training labels replaced by the null class, for guidance")
     learn_sigma: bool = False
-    # The paper's 0.02 suits widths from 384 up; at width 64 it leaves the conditioning almost silent for thousands of
-    # steps. README, "Where we differ from the paper", has the measurement.
-    label_init_std: float = option(1.0, "standard deviation of the initial label embeddings; the paper has 0.02")
-    time_init_std: float = option(0.1, "standard deviation of the initial time MLP's weights; the paper has 0.02")
+    # The 0.02 of the paper's code suits widths from 384 up; at width 64 it leaves the conditioning almost silent for
+    # thousands of steps. README, "Where we differ from the papers", has the measurement.
+    label_init_std: float = option(1.0, "standard deviation of the initial label embeddings; the paper's code has 0.02")
+    time_init_std: float = option(0.1, "standard deviation of the initial time MLP's weights; the paper's code has 0.02")
 
     def __post_init__(self):
         _require_types(self)
+        # The upper bounds are far beyond any use: a slip of the hand is told at once, and not by a machine out of memory.
         for name, most in (("image_size", 4096), ("patch_size", 4096), ("in_channels", 4096), ("hidden_size", 16_384),
                            ("depth", 1000), ("num_heads", 16_384), ("num_classes", 1_000_000)):
             _require_within(self, name, 1, most)
@@ -66,8 +67,8 @@ class TrainConfig:
     loss: str = option("l1", "distance between the noise and its prediction; the papers have mse", choices=("l1", "mse"))
     optimizer: str = option("adamw", "AdamW without weight decay for all, or Muon for the matrices of the blocks",
                             choices=("adamw", "muon"))
-    lr: float = option(1e-3, "learning rate after the warm-up")
-    lr_schedule: str = option("constant", "what follows the warm-up: the same rate, or a cosine down to zero at the end",
+    lr: float = option(1e-3, "highest learning rate")
+    lr_schedule: str = option("constant", "the same rate throughout, or one that falls as half a cosine to zero at the end",
                               choices=("constant", "cosine"))
     warmup_steps: int = option(0, "steps in which the learning rate grows linearly from zero")
     ema_decay: float = option(0.9999, "decay of the average of the weights that samples are drawn from")
@@ -87,9 +88,9 @@ class TrainConfig:
                  f"batch_size {self.batch_size} is more than the {self.limit} images that limit leaves")
         _require(0 < self.lr < math.inf, f"lr must be positive and finite, not {self.lr}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), not {self.ema_decay}")
-        for name, choices in (("loss", ("l1", "mse")), ("optimizer", ("adamw", "muon")),
-                              ("lr_schedule", ("constant", "cosine"))):
-            _require(getattr(self, name) in choices, f"{name} must be one of {choices}, not {getattr(self, name)!r}")
+        _require((self.model.image_size, self.model.in_channels, self.model.num_classes) == (28, 1, 10),
+                 "train.py trains on MNIST: 28 x 28 pixels, 1 channel, 10 classes")
+        _require(not self.model.learn_sigma, "learn_sigma has no loss yet: train.py predicts the noise alone")
 
 
 def pick_device(name: str = "auto", local_rank: int = 0):
@@ -104,7 +105,7 @@ def pick_device(name: str = "auto", local_rank: int = 0):
     if name == "cuda":
         name = f"cuda:{local_rank}"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
@@ -121,8 +122,9 @@ def _require_within(config: object, name: str, least: float, most: float) -> Non
 
 
 def _require_types(config: object) -> None:
-    """A whole number may stand for a float. Values come from command lines and from files."""
+    """The types and choices of all fields, whose values come from files too. A whole number may stand for a float."""
     for f in fields(config):
-        value = getattr(config, f.name)
+        value, choices = getattr(config, f.name), f.metadata.get("choices")
+        _require(choices is None or value in choices, f"{f.name} must be one of {choices}, not {value!r}")
         _require(isinstance(value, f.type) or (f.type is float and isinstance(value, int)),
                  f"{f.name} must be of type {f.type.__name__}, not {value!r}")

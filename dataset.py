@@ -36,44 +36,34 @@ class Digits:
             yield order[start:start + batch_size]
 
 
-def load_mnist(train: bool, data_dir: str = "mnist", device: str | torch.device = "cpu", limit: int = 0) -> Digits:
-    """The 60,000 training or 10,000 test images, or the first `limit` of them. DataError if files are not as they were.
+def load_mnist(train: bool, data_dir: str | Path = "mnist", device: str | torch.device = "cpu", limit: int = 0) -> Digits:
+    """The 60,000 training or 10,000 test images, or the first `limit` of them. DataError if a file is missing or damaged.
 
-    torchvision checks the MD5 of the four archives in data_dir/MNIST/raw/ and unpacks them, without a network.
+    torchvision unpacks the four archives in data_dir/MNIST/raw/ at the first use, without a network.
     """
     raw = Path(data_dir) / "MNIST" / "raw"
     for name, md5 in MNIST.resources:
-        _check_archive(raw / name, md5, data_dir)
+        _check(raw / name, md5)
     try:
         mnist = MNIST(data_dir, train=train, download=True)  # all archives are there: unpacks, downloads nothing
     except OSError as error:
         raise DataError(f"cannot unpack MNIST in {raw}: {error.strerror or error}; make that folder writable") from error
-    except (AssertionError, RuntimeError, TypeError, ValueError, KeyError):
-        mnist = None  # an unpacked file that torchvision cannot parse: the check below names it
-    for name, _ in MNIST.resources:
-        _check_unpacked(raw / name)
-    if mnist is None:
-        raise DataError(f"cannot read MNIST in {raw}: delete the unpacked files, those without .gz, and run again")
     count = limit or len(mnist.data)
     return Digits(mnist.data[:count, None].to(device), mnist.targets[:count].to(device))
 
 
-def _check_archive(archive: Path, md5: str, data_dir: str) -> None:
-    remedy = f"put the original there with `git checkout -- {archive}`" if data_dir == "mnist" else \
-        f"copy it from the mnist folder of this project: cp mnist/MNIST/raw/{archive.name} {archive}"
-    if not archive.is_file():
-        raise DataError(f"{archive} is missing; {remedy}")
+def _check(archive: Path, md5: str) -> None:
+    """DataError if the archive is not the canonical one, or what was unpacked from it earlier is not what it holds."""
+    remedy = "`git checkout -- mnist` restores the archives of this project; for another folder, copy them from there"
     try:
+        if not archive.is_file():
+            raise DataError(f"{archive} is missing; {remedy}")
         if not check_integrity(str(archive), md5):
             raise DataError(f"{archive} is damaged (its MD5 is not {md5}); {remedy}")
+        unpacked = archive.with_suffix("")  # torchvision does not look at its content
+        if unpacked.exists():
+            content = unpacked.read_bytes()
+            if struct.pack("<II", zlib.crc32(content), len(content)) != archive.read_bytes()[-8:]:  # as gzip files end
+                raise DataError(f"{unpacked} is damaged; delete it and run again: it is unpacked anew from {archive.name}")
     except OSError as error:
-        raise DataError(f"{archive} cannot be read: {error.strerror}; {remedy}") from error
-
-
-def _check_unpacked(archive: Path) -> None:
-    """An archive ends with the checksum of what it holds; torchvision does not look at a file unpacked earlier."""
-    unpacked = archive.with_suffix("")
-    crc, size = struct.unpack("<II", archive.read_bytes()[-8:])
-    content = unpacked.read_bytes()
-    if len(content) != size or zlib.crc32(content) != crc:
-        raise DataError(f"{unpacked} is damaged; delete it and run again: it is unpacked anew from {archive.name}")
+        raise DataError(f"{archive} or what was unpacked from it cannot be read: {error.strerror or error}") from error

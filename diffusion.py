@@ -4,13 +4,14 @@ Time is counted from 0 in the code: t = 0, ..., T-1 here is t = 1, ..., T in the
 eps_hat = model(x_t, t, y) with x_t: (N, C, H, W), t: (N,) ints in [0, T), y: (N,) class labels.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from config import T
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -37,40 +38,36 @@ class GaussianDiffusion:
     """The chain q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I) and its approximate reversal.
 
     The schedule is kept in float64 and is cast to the dtype of the images where it meets them.
+    timesteps: the times at which the chain is seen; all of 0, ..., num_timesteps - 1 unless given.
     """
 
-    def __init__(self, num_timesteps: int = 1000):
+    def __init__(self, num_timesteps: int = T, timesteps: Tensor | None = None):
         if num_timesteps < 1:
             raise ValueError(f"a diffusion needs at least 1 timestep, not {num_timesteps}")
         beta = torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64)  # DDPM section 4
-        self._set_schedule(beta, timesteps=torch.arange(num_timesteps))
-
-    def _set_schedule(self, beta: Tensor, timesteps: Tensor) -> None:
-        self.timesteps = timesteps  # what the network is told: differs from 0, 1, 2, ... in a respaced chain only
+        if timesteps is not None:  # the beta that joins each of these times to the one before it (iDDPM section 4)
+            alpha_bar = torch.cumprod(1 - beta, dim=0)[timesteps]
+            beta = 1 - alpha_bar / _shifted(alpha_bar)
+        self.num_timesteps = num_timesteps
+        self.timesteps = torch.arange(num_timesteps) if timesteps is None else timesteps
         self.beta = beta
         self.alpha = 1 - beta
         self.alpha_bar = torch.cumprod(self.alpha, dim=0)
-        self.alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])  # x_0 has no noise
+        self.alpha_bar_prev = _shifted(self.alpha_bar)
         self.beta_tilde = beta * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)  # DDPM eq. 7
 
     def __len__(self) -> int:
         return len(self.beta)
 
     def respaced(self, steps: int) -> "GaussianDiffusion":
-        """The same process seen at `steps` of its times only, evenly spaced and with the last (iDDPM section 4).
+        """The same process seen at `steps` evenly spaced times, the last of the chain among them.
 
-        ValueError unless 1 <= steps <= T.
+        The last one and not the first, for sampling starts from pure noise. ValueError unless 1 <= steps <= T.
         """
         if not 1 <= steps <= len(self):
             raise ValueError(f"the number of sampling steps must lie in [1, {len(self)}], not {steps}")
-        if steps == len(self):
-            return self
         kept = (torch.arange(1, steps + 1, dtype=torch.float64) * len(self) / steps).round().long() - 1
-        alpha_bar = self.alpha_bar[kept]
-        alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        chain = copy.copy(self)
-        chain._set_schedule(1 - alpha_bar / alpha_bar_prev, timesteps=self.timesteps[kept])
-        return chain
+        return self if steps == len(self) else GaussianDiffusion(self.num_timesteps, self.timesteps[kept])
 
     # Forward process
 
@@ -106,8 +103,8 @@ class GaussianDiffusion:
 
         x_0: (N, C, H, W) in [-1, 1]; y, t: (N,); eps: (N, C, H, W).
         """
-        eps_hat = model(self.q_sample(x_0, t, eps), t, y)
-        return F.l1_loss(eps_hat, eps) if kind == "l1" else F.mse_loss(eps_hat, eps)
+        distance = {"l1": F.l1_loss, "mse": F.mse_loss}[kind]
+        return distance(model(self.q_sample(x_0, t, eps), t, y), eps)
 
     # Reverse process
 
@@ -124,7 +121,10 @@ class GaussianDiffusion:
         return mean + variance.sqrt() * z
 
     def ddim_step(self, x_t: Tensor, t: Tensor, eps_hat: Tensor, z: Tensor, clip: bool = True, eta: float = 0.0) -> Tensor:
-        """x_t-1 from x_t (DDIM eq. 12). eta = 0 is deterministic, eta = 1 has DDPM's variance; z ~ N(0, I)."""
+        """x_t-1 from x_t (DDIM eq. 12, whose alpha is DDPM's alpha_bar); z ~ N(0, I).
+
+        eta = 0 is deterministic, eta = 1 has DDPM's variance.
+        """
         x_0_hat = self.predict_x_0(x_t, t, eps_hat)
         if clip:
             x_0_hat = x_0_hat.clamp(-1, 1)
@@ -146,7 +146,7 @@ class GaussianDiffusion:
         chain = self.respaced(len(self) if steps is None else steps)
         return chain._sample(chain.ddpm_step, model, shape, y, generator, x_T, on_step, clip=clip)
 
-    def ddim_sample(self, model: Model, shape: tuple[int, ...], y: Tensor, *, steps: int = 50, eta: float = 0.0,
+    def ddim_sample(self, model: Model, shape: tuple[int, ...], y: Tensor, *, steps: int, eta: float = 0.0,
                     generator: torch.Generator | None = None, x_T: Tensor | None = None, clip: bool = True,
                     on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """DDIM sampling (DDIM section 4.2) in `steps` of the T steps; the rest as in `ddpm_sample`. eta in [0, 1]."""
@@ -158,15 +158,21 @@ class GaussianDiffusion:
     @torch.no_grad()
     def _sample(self, step, model, shape, y, generator, x_T, on_step, **step_settings) -> Tensor:
         x_t = torch.randn(shape, generator=generator, device=y.device) if x_T is None else x_T
-        for t in reversed(range(len(self))):
+        for i in reversed(range(len(self))):  # i counts the times of this chain; the network knows those of the whole one
+            time = int(self.timesteps[i])
             if on_step:
-                on_step(int(self.timesteps[t]) + 1, x_t)
-            eps_hat = model(x_t, self.timesteps[t].to(y.device).expand(len(y)), y)
+                on_step(time + 1, x_t)
+            eps_hat = model(x_t, torch.full_like(y, time), y)
             z = torch.randn(shape, generator=generator, device=y.device, dtype=x_t.dtype)
-            x_t = step(x_t, torch.full_like(y, t), eps_hat, z, **step_settings)
+            x_t = step(x_t, torch.full_like(y, i), eps_hat, z, **step_settings)
         if on_step:
             on_step(0, x_t)
         return x_t
+
+
+def _shifted(alpha_bar: Tensor) -> Tensor:
+    """alpha_bar of the time before each; before the first there is x_0, which has no noise."""
+    return torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
 
 
 def _at(values: Tensor, t: Tensor, images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, distributed, nn
@@ -21,7 +21,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    restarted: bool = False  # by torchrun, after a process had died
+    restarted: bool = False  # by torchrun, after one of the processes had died
 
     @property
     def leads(self) -> bool:
@@ -63,19 +63,23 @@ class Ranks:
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
     """The processes of this run, connected while the context lasts: by NCCL for GPUs, by Gloo for CPUs."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # each machine counts its own
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Ranks()
+        yield Ranks(restarted=restarts > 0)
         return
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     store, rank, size = next(distributed.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         # torchrun keeps one store over restarts: without a name of its own, a new process finds the addresses of dead ones.
-        # Several machines count their restarts apart; there, README's command makes torchrun take a new store each time.
+        # On several machines the counts differ; there, README's command makes torchrun take a new store each time.
         store = distributed.PrefixStore(f"start {restarts}", store)
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of the patch weights, which `PatchEmbed` permutes
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        yield Ranks(rank, size, int(os.environ["LOCAL_RANK"]), restarted=restarts > 0)
+        alone = Ranks(rank, size, local_rank)
+        yield replace(alone, restarted=alone.any(restarts > 0))
     finally:
         distributed.destroy_process_group()

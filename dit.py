@@ -70,7 +70,11 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
     def drop(self, y: Tensor) -> Tensor:
-        """Labels for training: each is replaced by the null class with `dropout_prob` (CFG Algorithm 1, line 3)."""
+        """Labels for training: each is replaced by the null class with `dropout_prob` (CFG Algorithm 1, line 3).
+
+        A step of the training loop, where the paper's code has it in forward(): the loop draws for a whole batch even
+        when several processes share it.
+        """
         dropped = torch.rand(y.shape, device=y.device) < self.dropout_prob
         return torch.where(dropped, self.null_class, y)
 
@@ -108,7 +112,7 @@ class DiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Every initial value of the network (DiT section 3.2, "adaLN-Zero block", and the paper's released code)."""
+        """Every initial value (DiT section 3.2, "adaLN-Zero block", section 4, "Training", and the paper's code)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -25,13 +25,13 @@ class Attention(nn.Module):
         N, L, D = x.shape
         d = D // self.num_heads
         q, k, v = self.qkv(x).reshape(N, L, 3, self.num_heads, d).permute(2, 0, 3, 1, 4)  # each (N, heads, L, d)
-        # Written out and not as F.scaled_dot_product_attention: for sequences this short it is faster on a CPU.
+        # F.scaled_dot_product_attention computes the same; for 49 tokens it is not faster on a CPU, and hides the formula.
         weights = (q * d**-0.5 @ k.transpose(-2, -1)).softmax(dim=-1)  # (N, heads, L, L)
         return self.proj((weights @ v).transpose(1, 2).reshape(N, L, D))
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (tanh form), Linear, on every token alone. (N, L, D) -> (N, L, D)."""
+    """Linear, GELU (tanh form, DiT appendix A), Linear, on every token alone. (N, L, D) -> (N, L, D)."""
 
     def __init__(self, hidden_size: int, mlp_size: int):
         super().__init__()
@@ -44,7 +44,7 @@ class Mlp(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Attention, then MLP, each modulated before and gated after by c. x: (N, L, D), c: (N, D) -> (N, L, D).
+    """Attention, then MLP; c modulates the input of each and gates its output. x: (N, L, D), c: (N, D) -> (N, L, D).
 
     `DiT.initialize_weights` sets adaLN_modulation to zero: all gates are 0 and a new block is the identity.
     """

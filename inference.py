@@ -7,6 +7,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,29 +24,33 @@ from config import T, pick_device
 from diffusion import GaussianDiffusion, guided
 from dit import DiT
 
-COLUMNS, MAX_ROWS = 11, 500  # of inference.png: t = 1000, 900, ..., 0
+STEPS = {"ddpm": T, "ddim": 50}  # of the samplers, unless told
+COLUMNS = 11  # of inference.png: t = 1000, 900, ..., 0
+MAX_ROWS = 500  # of inference.png: about the height that picture viewers bear
 FRAMES = 41  # of the animation
 GAP, ZOOM = 2, 2  # pixels between two images; screen pixels a pixel
 
 
 def generate(model: DiT, labels: Tensor, *, sampler: str = "ddpm", steps: int | None = None, eta: float = 0.0,
              guidance: float = 1.0, seed: int = 0, on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
-    """Draw one image a label. labels: (N,) ints in [0, num_classes]; returns (N, C, H, W), in [-1, 1] up to the network.
+    """Draw one image a label. labels: (N,) ints in [0, num_classes]; returns (N, C, H, W) in [-1, 1].
 
-    sampler: "ddpm" (1000 steps unless told) or "ddim" (50); on_step(t, x_t): see `GaussianDiffusion.ddpm_sample`.
+    sampler, steps: "ddpm" (1000 unless given) or "ddim" (50); eta: of ddim; on_step(t, x_t): see
+    `GaussianDiffusion.ddpm_sample`. ValueError for values out of range.
     """
     config, device = model.config, model.pos_embed.device
+    if sampler not in STEPS:
+        raise ValueError(f"sampler must be one of {', '.join(STEPS)}, not {sampler!r}")
+    if config.learn_sigma:
+        raise ValueError("the samplers use a fixed variance, and this network predicts one")
     diffusion = GaussianDiffusion(T)
-    settings = {
-        "model": guided(model, guidance, null_class=config.num_classes),
-        "shape": (len(labels), config.in_channels, config.image_size, config.image_size),
-        "y": labels.to(device),
-        "generator": torch.Generator(device).manual_seed(seed),
-        "on_step": on_step,
-    }
-    if sampler == "ddim":
-        return diffusion.ddim_sample(**settings, steps=steps or 50, eta=eta)
-    return diffusion.ddpm_sample(**settings, steps=steps)
+    sample = diffusion.ddpm_sample if sampler == "ddpm" else partial(diffusion.ddim_sample, eta=eta)
+    return sample(
+        guided(model, guidance, null_class=config.num_classes),
+        (len(labels), config.in_channels, config.image_size, config.image_size), labels.to(device),
+        steps=STEPS[sampler] if steps is None else steps, generator=torch.Generator(device).manual_seed(seed),
+        on_step=on_step,
+    )
 
 
 class Snapshots:
@@ -76,7 +81,7 @@ def show_canvas(canvas: Tensor, left: int, top: int) -> tuple[Figure, Axes]:
     """A figure of the canvas at ZOOM x ZOOM screen pixels a pixel (sharp, and small as a file), with margins in pixels."""
     height, width = (ZOOM * side for side in canvas.shape)
     figure = Figure(figsize=((left + width) / 100, (top + height) / 100), dpi=100)
-    FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)  # what the animation is drawn on
     axes = figure.add_axes((left / (left + width), 0, width / (left + width), height / (top + height)))
     axes.imshow(canvas.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
     axes.spines[:].set_visible(False)
@@ -96,7 +101,8 @@ def draw_grid(path: Path, labels: list[int], times: list[int], snapshots: list[T
 
 def draw_animation(path: Path, columns: int, times: list[int], snapshots: list[Tensor]) -> None:
     """The denoising as a GIF, `columns` images in a row, with a pause on the final samples."""
-    canvases = [(tile(images, columns) * 7.5).round() / 7.5 for images in snapshots]  # 16 greys: noise compresses badly
+    canvases = [tile(images, columns) for images in snapshots]
+    canvases = [((canvas + 1) * 7.5).round() / 7.5 - 1 for canvas in canvases]  # 16 greys: noise compresses badly
     figure, axes = show_canvas(canvases[0], left=0, top=22)
     picture, title = axes.images[0], axes.set_title("", fontsize=9)
 
@@ -118,20 +124,24 @@ def positive_int(text: str) -> int:
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """The options of `generate`, and where the weights come from."""
     add = parser.add_argument
-    add("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="ancestral sampling, or DDIM (default: ddpm)")
-    add("--steps", type=positive_int, help=f"sampling steps, at most {T} (default: {T} for ddpm, 50 for ddim)")
-    add("--eta", type=float, default=0.0, help="noise of ddim, from 0, none, to 1, as much as ddpm (default: 0)")
+    default = "(default: %(default)s)"
+    add("--sampler", choices=tuple(STEPS), default="ddpm", help=f"ancestral sampling, or DDIM {default}")
+    add("--steps", type=positive_int,
+        help=f"sampling steps, at most {T} (default: {', '.join(f'{n} for {name}' for name, n in STEPS.items())})")
+    add("--eta", type=float, default=0.0, help=f"noise of ddim, from 0, none, to 1, as much as ddpm {default}")
     add("--guidance", type=float, default=1.0, metavar="S", help="strength of eps(null) + S (eps(digit) - eps(null)): "
-        "1 is none, more makes digits more typical and less varied (default: 1)")
-    add("--seed", type=int, default=0, help="of the noise (default: 0)")
-    add("--checkpoint", type=Path, default=Path("model.pth"), help="the weights (default: model.pth)")
-    add("--device", default="auto", help="cpu, cuda, mps, ... (default: a GPU when there is one)")
+        f"1 is none, more makes digits more typical and less varied {default}")
+    add("--seed", type=int, default=0, help=f"of the noise {default}")
+    add("--checkpoint", type=Path, default=Path("model.pth"), help=f"the weights {default}")
+    add("--device", default="auto", help=f"cpu, cuda, mps, ...; auto is a GPU when there is one {default}")
 
 
 def check_sampling_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with a sentence if one of them is out of its range; fill in the steps and the torch.device."""
+    if [] in vars(args).values():
+        parser.error("an option lacks its value")  # argparse reads --steps=-- as an empty list
     if args.steps is None:
-        args.steps = T if args.sampler == "ddpm" else 50
+        args.steps = STEPS[args.sampler]
     if args.steps > T:
         parser.error(f"argument --steps: must lie in [1, {T}], not {args.steps}")
     if not 0 <= args.eta <= 1:
@@ -152,19 +162,16 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     parser = argparse.ArgumentParser(description="Draw digits with a trained DiT.", allow_abbrev=False)
     add = parser.add_argument
     add("--digits", type=int, nargs="+", metavar="D", default=list(range(10)), help="a row each (default: 0 to 9)")
-    add("--per-digit", type=positive_int, default=1, metavar="N", help="images of each digit (default: 1)")
+    add("--per-digit", type=positive_int, default=1, metavar="N", help="images of each digit (default: %(default)s)")
     add_sampling_options(parser)
-    add("--output", type=Path, default=Path("inference.png"), help="the picture (default: inference.png)")
+    add("--output", type=Path, default=Path("inference.png"), help="the picture (default: %(default)s)")
     add("--gif", type=Path, metavar="FILE", help="write an animation of the denoising too")
     args = parser.parse_args(argv)
-    if [] in vars(args).values():
-        parser.error("an option lacks its value")  # argparse reads --steps=-- as an empty list
     check_sampling_options(parser, args)
     if len(args.digits) * args.per_digit > MAX_ROWS:
         parser.error(f"a picture has at most {MAX_ROWS} rows, not {len(args.digits)} digits x {args.per_digit}")
-    formats = FigureCanvasAgg.get_supported_filetypes()
-    if args.output.suffix.lower().lstrip(".") not in formats:
-        parser.error(f"argument --output: {args.output} must end in one of .{', .'.join(sorted(formats))}")
+    if args.output.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
+        parser.error(f"argument --output: {args.output} must end in .png, .jpg, .pdf or .svg")
     if args.gif and args.gif.suffix.lower() != ".gif":
         parser.error(f"argument --gif: {args.gif} must end in .gif")
     for path in filter(None, (args.output, args.gif)):
@@ -181,11 +188,13 @@ def main(argv: list[str] | None = None) -> int:
     parser, args = parse_args(argv)
     try:
         model, info = load_model(args.checkpoint, args.device)
+        if model.config.in_channels != 1 or model.config.learn_sigma:
+            raise CheckpointError(f"{args.checkpoint} is of a network for other images than MNIST's, or predicts a variance")
         for digit in args.digits:
             if not 0 <= digit < model.config.num_classes:
                 parser.error(f"argument --digits: must lie in [0, {model.config.num_classes}), not {digit}")
         draw(model, info, args)
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, MemoryError, OSError) as error:
         print(f"inference.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -35,11 +36,13 @@ class RunFiles:
             raise OSError(f"{self.weights} is where the loss curve goes: choose another --checkpoint")
         for path in (self.state, self.csv, self.png):
             check_writable(path)
-        self.ours = False  # whether the files that are there are this run's own
+        self.ours: set[Path] = set()  # files known to be this run's own
         self.drawn = -math.inf
 
     def load_state(self) -> dict:
         """The content of model.resume.pth. CheckpointError if it is unfit, or of a run with another recipe."""
+        if not self.state.exists():
+            raise CheckpointError(f"there is nothing to resume: no file {self.state}")
         content = load_checkpoint(self.state, STATE)
         before, now = _flat(content["recipe"]), _flat(asdict(self.cfg))
         changed = [name for name in now | before if name not in MAY_CHANGE and before.get(name) != now.get(name)]
@@ -47,9 +50,6 @@ class RunFiles:
             differences = ", ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in changed)
             raise CheckpointError(f"{self.state} belongs to another recipe: {differences}; resume with the options that "
                                   "it was started with, or leave out --resume to start anew")
-        done = len(content["curve"])
-        if done > self.cfg.epochs:
-            raise CheckpointError(f"{self.state} has done {done} epochs already, more than --epochs {self.cfg.epochs}")
         with torch.device("meta"):
             network = DiT(self.cfg.model)
         for name in ("weights", "ema"):
@@ -58,41 +58,45 @@ class RunFiles:
 
     def save_run(self, state: dict, ema: DiT, step: int) -> None:
         """The state first: a crash between the two leaves a model.pth that is older, and both can be loaded."""
-        self._keep_what_another_run_made()
         recipe = asdict(self.cfg)
         save_checkpoint(self.state, {**state, "recipe": recipe})
+        self._keep_a_copy_of_another_run(self.weights)
         weights = {name: value.cpu() for name, value in ema.state_dict().items()}  # loads where there is no GPU
         save_checkpoint(self.weights, {"model_config": asdict(ema.config), "ema": weights, "step": step, "recipe": recipe})
 
     def save_curve(self, curve: list[dict], last: bool) -> None:
-        self._keep_what_another_run_made()
+        """loss.csv and loss.png; the picture at most every ten seconds, for it takes as long as many steps on a GPU."""
+        self._keep_a_copy_of_another_run(self.csv)
         write_atomically(self.csv, lambda path: write_csv(path, curve))
-        if last or time.monotonic() - self.drawn > 10:  # a picture takes as long as many steps on a GPU
+        if last or time.monotonic() - self.drawn > 10:
+            self._keep_a_copy_of_another_run(self.png)
             write_atomically(self.png, lambda path: draw_curve(path, curve, self.cfg.loss))
             self.drawn = time.monotonic()
 
-    def keep_state_of_another_run(self) -> None:
-        """At the start of a new run, so that a state that is found later is this run's."""
+    def start_anew(self) -> None:
+        """Set aside the state of another run, so that a state that is found from now on is this run's."""
         if self.state.exists():
-            kept = _keep(self.state)
+            kept = self.state.rename(_kept_name(self.state))
             tqdm.write(f"{self.state} is of a run that can go on with --resume; this is a new one, so it is kept as {kept} "
                        "(stop, rename it back and add --resume to go on with it)")
 
-    def _keep_what_another_run_made(self) -> None:
-        """At the first write, and not before, so that a run that comes to nothing changes nothing."""
-        if not self.ours:
-            for path in (self.weights, self.csv, self.png):
-                if path.exists():
-                    tqdm.write(f"{path} is another run's: kept as {_keep(path)}")
-        self.ours = True
+    def start_again(self) -> None:
+        """The files that are there are this run's."""
+        self.ours = {self.weights, self.csv, self.png}
+
+    def _keep_a_copy_of_another_run(self, path: Path) -> None:
+        """Before `path` is first written. A copy, so that there is a file of that name at every moment."""
+        if path not in self.ours and path.exists():
+            tqdm.write(f"{path} is another run's: kept as {shutil.copy2(path, _kept_name(path))}")
+        self.ours.add(path)
 
 
-def _keep(path: Path) -> Path:
-    """Rename a file to the first free name of model.old-1.pth, model.old-2.pth, ..., and return that."""
+def _kept_name(path: Path) -> Path:
+    """The first free name of model.old-1.pth, model.old-2.pth, ..."""
     number = 1
-    while (kept := path.with_name(f"{path.stem}.old-{number}{path.suffix}")).exists():
+    while (name := path.with_name(f"{path.stem}.old-{number}{path.suffix}")).exists():
         number += 1
-    return path.rename(kept)
+    return name
 
 
 def _flat(recipe: dict) -> dict:

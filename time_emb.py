@@ -1,4 +1,4 @@
-"""Timestep embedding: a sinusoid of t, then a small MLP (DiT section 3.2; the sinusoid is the Transformer's)."""
+"""Timestep embedding: a sinusoid of t, then a small MLP (DiT appendix A; the sinusoid is the Transformer's)."""
 
 import math
 
@@ -14,7 +14,8 @@ def sinusoid(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     half = dim // 2
     omega = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angle = t.float()[:, None] * omega
-    # Cosines first, the other way round than in "Attention is all you need": trained weights depend on the order.
+    # All cosines, then all sines, where "Attention is all you need" alternates sine and cosine. The order is the paper's
+    # code's; any would do, but trained weights depend on it.
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 

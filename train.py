@@ -9,6 +9,7 @@
 import argparse
 import copy
 import math
+import os
 import signal
 import sys
 import time
@@ -82,7 +83,7 @@ def held_out_loss(model: nn.Module, diffusion: GaussianDiffusion, digits: Digits
 
 
 class Run:
-    """All that changes while a run goes on; `state` is the part of model.resume.pth that `restore` takes back."""
+    """All that changes while a run goes on. `state` is what model.resume.pth keeps of it, `restore` takes it back."""
 
     def __init__(self, cfg: TrainConfig, device: torch.device):
         torch.manual_seed(cfg.seed)  # initial weights, t, eps, dropped labels
@@ -101,13 +102,13 @@ class Run:
         return self.earlier_seconds + time.monotonic() - self.started
 
     def state(self) -> dict:
-        cuda = self.loss_sum.is_cuda
+        device = self.loss_sum.device
         return {
             "weights": self.model.state_dict(), "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step, "loss_sum": self.loss_sum, "curve": self.curve, "seconds": self.seconds(),
             "shuffle": self.shuffle_at_epoch, "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state() if cuda else None,
+            "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
 
     def restore(self, state: dict) -> None:
@@ -120,7 +121,7 @@ class Run:
         self.shuffle.set_state(state["shuffle"])
         torch.set_rng_state(state["random"])
         if self.loss_sum.is_cuda and state["random_cuda"] is not None:
-            torch.cuda.set_rng_state(state["random_cuda"])
+            torch.cuda.set_rng_state(state["random_cuda"], self.loss_sum.device)
 
 
 def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) -> DiT:
@@ -134,7 +135,8 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
         raise TrainingError(f"a batch of {cfg.batch_size} cannot be shared evenly by {ranks.size} processes")
     device = pick_device(cfg.device, ranks.local_rank)
     files = RunFiles(cfg)
-    resume = resume or (ranks.restarted and files.state.exists())
+    # A state that torchrun's restart finds is this run's: the start of the run set any other aside.
+    resume = ranks.any(resume or (ranks.restarted and files.state.exists()))
     with ranks.leader_first():  # who unpacks the archives
         train_set = load_mnist(True, cfg.data_dir, device, cfg.limit)
         test_set = load_mnist(False, cfg.data_dir, device, cfg.limit)
@@ -144,11 +146,13 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
     run = Run(cfg, device)
     if resume:
         run.restore(files.load_state())
-        files.ours = True
+        files.start_again()
+        if run.step > total_steps:
+            raise TrainingError(f"{files.state} is at step {run.step}, and {cfg.epochs} epochs end at step {total_steps}")
         if ranks.leads:
             tqdm.write(f"resumed at step {run.step} of {total_steps}")
     elif ranks.leads:
-        files.keep_state_of_another_run()
+        files.start_anew()
     network = ranks.wrap(run.model)
 
     bar = tqdm(total=total_steps * cfg.batch_size, initial=run.step * cfg.batch_size, unit="img", unit_scale=True,
@@ -247,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         cfg = TrainConfig(model=ModelConfig(**chosen(args, ModelConfig)), **chosen(args, TrainConfig))
-        pick_device(cfg.device)
+        pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", "0")))
         RunFiles(cfg)  # what could not be written or used is said now, as a mistake in the arguments
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -257,11 +261,13 @@ def main(argv: list[str] | None = None) -> int:
     except TrainingStopped as stop:
         print(stop)
         return 128 + stop.signal_number
+    except KeyboardInterrupt:  # before the first step, or a second one
+        return 128 + signal.SIGINT
     except (CheckpointError, DataError, OSError, TrainingError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not any(words in str(error) for words in OUT_OF_MEMORY):
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         print(f"train.py: error: out of memory with batches of {cfg.batch_size} images and this network; try a smaller "
               "--batch-size", file=sys.stderr)

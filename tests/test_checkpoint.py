@@ -66,6 +66,22 @@ FAULTS = {"write": ("pathlib.Path.write_bytes", errno.ENOSPC), "fsync": ("os.fsy
           "replace": ("os.replace", errno.EACCES), "open": ("os.open", errno.EMFILE)}
 
 
+def test_a_folder_that_cannot_be_synced_is_said_truly(saved, open_network, monkeypatch):
+    """The file is new by then, and the sentence says so."""
+    calls, fsync = [], os.fsync
+
+    def fail_second(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_second)
+    with pytest.raises(OSError, match=r"model\.pth is written, but a power cut could undo that \(Input/output error\)"):
+        save_checkpoint(saved, weights_of(open_network, 8, {}))
+    assert load_model(saved)[1]["step"] == 8
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_failure_while_writing_leaves_the_last_good_file(saved, open_network, monkeypatch, fault):
     before = content(saved.parent)
@@ -99,6 +115,10 @@ def test_what_cannot_be_written_is_said_before_work_starts(tmp_path):
         check_writable(tmp_path / "folder")
     with pytest.raises(OSError, match="there is no folder"):
         check_writable(tmp_path / "nowhere" / "model.pth")
+    with pytest.raises(OSError, match="File name too long"):
+        check_writable(tmp_path / ("a" * 245 + ".png"))
+    with pytest.raises(OSError, match="is not a file that could be replaced"):
+        check_writable("/dev/null")
     check_writable(tmp_path / "model.pth")
     assert not (tmp_path / "model.pth").exists()
 
@@ -115,7 +135,7 @@ def refuse(path, words):
 
 
 def test_missing_file_and_folder(tmp_path):
-    refuse(tmp_path / "none.pth", r"there is no checkpoint .*none\.pth; `python train\.py` makes one")
+    refuse(tmp_path / "none.pth", r"there is no checkpoint .*none\.pth; `python train\.py` makes a model")
     refuse(tmp_path, "cannot be read|is damaged")
 
 
@@ -143,6 +163,18 @@ def test_a_hostile_pickle_is_not_run(tmp_path, dump):
 def test_other_things_that_torch_saved(tmp_path, value):
     torch.save(value, tmp_path / "other.pth")
     refuse(tmp_path / "other.pth", "is not a checkpoint of this project")
+
+
+ENDLESS = []
+ENDLESS.append(ENDLESS)
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ss]parse")
+@pytest.mark.parametrize("value", [torch.eye(3).to_sparse(), torch.empty(3, device="meta"), ENDLESS, b"\x00" * 10],
+                         ids=["sparse", "meta", "endless", "bytes"])
+def test_crafted_entries(tmp_path, value):
+    torch.save({"format": 1, "sha256": "", "ema": value}, tmp_path / "crafted.pth")
+    refuse(tmp_path / "crafted.pth", "is damaged")
 
 
 def test_a_text_file(tmp_path):

@@ -1,6 +1,7 @@
 """The picture is what was sampled, every option does what it says, and what cannot be drawn is said in a sentence."""
 
 import os
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from checkpoint import load_model, save_checkpoint
 from config import ModelConfig, T
 from dataset import load_mnist
 from diffusion import GaussianDiffusion
+from dit import DiT
 from inference import GAP, ZOOM, Snapshots, generate, tile
 from train import held_out_loss
 
@@ -64,9 +66,16 @@ def test_times_and_labels_are_written_beside_the_images(monkeypatch, draw, tmp_p
     assert [text.get_text() for text in axes.get_yticklabels()] == ["7", "7", "0", "0"]
 
 
-def test_rows_follow_the_labels(draw, tmp_path):
-    draw("--digits", 3, 8, "--per-digit", 3)
-    cells(tmp_path / "inference.png", rows=6, columns=6)
+def test_rows_follow_the_labels(monkeypatch, draw, tmp_path):
+    """With a sampler that paints the label, the rows show 3, 3, 8, 8."""
+    def paint(model, labels, on_step, **settings):
+        for t in range(6):
+            on_step(t, (labels / 10).reshape(-1, 1, 1, 1).expand(-1, 1, 28, 28))
+
+    monkeypatch.setattr(inference, "generate", paint)
+    draw("--digits", 3, 8, "--per-digit", 2)
+    drawn = cells(tmp_path / "inference.png", rows=4, columns=6)
+    np.testing.assert_allclose(drawn.mean(axis=(1, 2, 3)), [0.3, 0.3, 0.8, 0.8], atol=0.02)
 
 
 def test_eleven_columns_of_a_thousand_steps():
@@ -132,6 +141,15 @@ def test_it_says_what_it_did(draw, tiny_checkpoint, tmp_path):
     assert f"wrote {tmp_path / 'inference.png'}" in out
 
 
+def test_generate_refuses_what_it_does_not_know(tiny_checkpoint, open_network):
+    model, _ = load_model(tiny_checkpoint)
+    for settings, words in (({"sampler": "DDIM"}, "sampler must be one of ddpm, ddim, not 'DDIM'"),
+                            ({"sampler": "ddim", "steps": 0}, "number of sampling steps"),
+                            ({"sampler": "ddim", "eta": 5.0}, "eta must lie in")):
+        with pytest.raises(ValueError, match=words):
+            generate(model, torch.tensor([1]), **settings)
+
+
 def test_the_network_is_rebuilt_from_the_checkpoint(tiny_checkpoint):
     model, _ = load_model(tiny_checkpoint)
     assert (model.config.hidden_size, model.config.depth) == (16, 1)  # and not the defaults
@@ -154,7 +172,7 @@ def test_the_network_is_rebuilt_from_the_checkpoint(tiny_checkpoint):
     (("--guidance", "inf"), "argument --guidance: must lie in [0, 100]"),
     (("--seed", -1), "argument --seed: must lie in [0, 2^63)"),
     (("--device", "abacus"), "argument --device: device 'abacus' cannot be used here"),
-    (("--output", "digits.txt"), "argument --output: digits.txt must end in one of"),
+    (("--output", "digits.txt"), "argument --output: digits.txt must end in .png"),
     (("--output", "nowhere/digits.png"), "there is no folder nowhere"),
     (("--gif", "digits.png"), "argument --gif: digits.png must end in .gif"),
     (("--gi", "digits.gif"), "unrecognized arguments"),
@@ -163,6 +181,16 @@ def test_bad_arguments(tmp_path, monkeypatch, refused, tiny_checkpoint, options,
     monkeypatch.chdir(tmp_path)
     refused(inference.main, 2, words, "--checkpoint", tiny_checkpoint, *options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [{"in_channels": 3}, {"learn_sigma": True}], ids=str)
+def test_networks_that_do_not_draw_digits_are_refused(tmp_path, refused, change):
+    model = DiT(ModelConfig(**change))
+    save_checkpoint(tmp_path / "other.pth", {"model_config": asdict(model.config), "ema": model.state_dict(), "step": 1,
+                                             "recipe": {}})
+    refused(inference.main, 1, "is of a network for other images than MNIST's", "--checkpoint", tmp_path / "other.pth",
+            "--output", tmp_path / "other.png")
+    assert not (tmp_path / "other.png").exists()
 
 
 @pytest.fixture(params=["missing", "truncated", "another config", "pickled object"])
@@ -195,11 +223,11 @@ def test_a_bad_checkpoint_as_a_user_meets_it(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_folder_that_cannot_be_written_in(tmp_path, refused, tiny_checkpoint):
+def test_a_folder_that_cannot_be_written_in(tmp_path, monkeypatch, refused, tiny_checkpoint):
     folder = tmp_path / "closed"
     folder.mkdir(mode=0o500)
-    if os.access(folder, os.W_OK):
-        pytest.skip("this user may write everywhere")
+    access = os.access  # root may write everywhere, so that this test has to say no in its place
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder and access(path, mode))
     refused(inference.main, 2, "no permission in folder", "--checkpoint", tiny_checkpoint, "--output", folder / "a.png")
 
 

@@ -37,6 +37,8 @@ def test_learning_rate():
     assert [train.learning_rate(step, 100, constant) for step in (0, 50, 99)] == [0.5, 0.5, 0.5]
     warm = TrainConfig(lr=1.0, warmup_steps=4)
     assert [train.learning_rate(step, 100, warm) for step in (0, 1, 3, 4)] == [0.25, 0.5, 1.0, 1.0]
+    both = TrainConfig(lr=1.0, warmup_steps=4, lr_schedule="cosine")
+    assert train.learning_rate(1, 4, both) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)) / 2)
     cosine = TrainConfig(lr=1.0, lr_schedule="cosine")
     assert train.learning_rate(0, 100, cosine) == 1
     assert train.learning_rate(50, 100, cosine) == pytest.approx(0.5)
@@ -227,8 +229,16 @@ def test_another_recipe_is_refused_by_name(tmp_path, train_tiny, refused, option
     assert content(tmp_path) == before
 
 
+def test_fewer_epochs_than_done_are_refused(tmp_path, train_tiny, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        assert train_tiny(tmp_path, "--epochs", 3)[0] == 130
+    status, _, err = train_tiny(tmp_path, "--epochs", 1, "--resume")
+    assert status == 1 and "model.resume.pth is at step 5, and 1 epochs end at step 3" in err.splitlines()[-1]
+
+
 def test_resume_without_a_state_says_so(tmp_path, refused):
-    refused(train.main, 1, "there is no checkpoint", "--checkpoint", tmp_path / "model.pth", *TINY, "--resume")
+    refused(train.main, 1, "there is nothing to resume", "--checkpoint", tmp_path / "model.pth", *TINY, "--resume")
 
 
 def test_a_stopped_run_is_named_when_a_new_one_starts(tmp_path, train_tiny):
@@ -252,6 +262,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, trai
     assert content(tmp_path)["model.pth"] == before["model.pth"]
 
 
+def test_a_run_that_fails_later_leaves_another_runs_weights(tmp_path, train_tiny, monkeypatch):
+    """The curve of the first epoch is written, and model.pth not yet."""
+    (tmp_path / "model.pth").write_text("precious")
+    loss, calls = GaussianDiffusion.loss, []
+
+    def turn_nan(self, model, *args):
+        calls.append(1)
+        return loss(self, model, *args) * (torch.nan if model.training and len(calls) > 6 else 1)
+
+    monkeypatch.setattr(GaussianDiffusion, "loss", turn_nan)
+    status, _, err = train_tiny(tmp_path, "--epochs", 3)
+    assert status == 1 and "model.pth is as it was saved before" in err.splitlines()[-1]
+    assert (tmp_path / "model.pth").read_text() == "precious" and len(rows(tmp_path)) >= 1
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, train_tiny, monkeypatch):
     """The loss of the last step is good, and its update is not."""
     update = torch.optim.AdamW.step
@@ -267,6 +292,24 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, train_tiny, monkeyp
     assert not (tmp_path / "model.pth").exists()
 
 
+def test_ctrl_c_before_the_first_step(tmp_path, train_tiny, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "load_mnist", interrupted)
+    assert train_tiny(tmp_path)[0] == 130
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"image_size": 32}, "28 x 28 pixels"), ({"in_channels": 3}, "1 channel"), ({"num_classes": 5}, "10 classes"),
+    ({"learn_sigma": True}, "learn_sigma has no loss yet"),
+])
+def test_networks_that_mnist_does_not_train_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(model=ModelConfig(**change))
+
+
 @pytest.mark.parametrize(("options", "words"), [
     (("--epochs", "0"), "epochs must lie in [1, 1000000], not 0"),
     (("--batch-size", "-5"), "batch_size must lie in [1, 60000], not -5"),
@@ -279,6 +322,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, train_tiny, monkeyp
     (("--patch-size", "5"), "patch_size 5 does not divide image_size 28"),
     (("--hidden-size", "30"), "num_heads 4 does not divide hidden_size 30"),
     (("--device", "abacus"), "device 'abacus' cannot be used here"),
+    (("--device", "meta"), "device 'meta' cannot be used here"),
     (("--learning-rate", "1"), "unrecognized arguments"),
     (("stray",), "unrecognized arguments: stray"),
 ])
