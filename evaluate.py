@@ -225,21 +225,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def measure(args: argparse.Namespace) -> None:
+    train_set, test_set = (load_mnist(train, args.data_dir, args.device) for train in (True, False))
+    judge = trained_recogniser(Path(args.data_dir) / "recogniser.pth", train_set, test_set)
+    images, labels = load_images(args.images, args.device) if args.images else draw_images(args)
+    if args.save_images:
+        save_checkpoint(args.save_images, {"images": images.cpu(), "labels": labels.cpu()})
+    results = evaluate(images, labels, judge, train_set, test_set)
+    print_table(results)
+    if args.json:
+        text = json.dumps(results, indent=1)
+        write_atomically(args.json, lambda path: path.write_text(text))
+    if args.neighbours:
+        write_atomically(args.neighbours, lambda path: draw_neighbours(path, images, labels, train_set[:][0]))
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        train_set, test_set = (load_mnist(train, args.data_dir, args.device) for train in (True, False))
-        judge = trained_recogniser(Path(args.data_dir) / "recogniser.pth", train_set, test_set)
-        images, labels = load_images(args.images, args.device) if args.images else draw_images(args)
-        if args.save_images:
-            save_checkpoint(args.save_images, {"images": images.cpu(), "labels": labels.cpu()})
-        results = evaluate(images, labels, judge, train_set, test_set)
-        print_table(results)
-        if args.json:
-            text = json.dumps(results, indent=1)
-            write_atomically(args.json, lambda path: path.write_text(text))
-        if args.neighbours:
-            write_atomically(args.neighbours, lambda path: draw_neighbours(path, images, labels, train_set[:][0]))
+        measure(args)
     except (CheckpointError, DataError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 1

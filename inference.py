@@ -152,6 +152,8 @@ def check_sampling_options(parser: argparse.ArgumentParser, args: argparse.Names
         parser.error(f"argument --guidance: must lie in [0, 100], not {args.guidance}")
     if not 0 <= args.seed < 2**63:
         parser.error(f"argument --seed: must lie in [0, 2^63), not {args.seed}")
+    if args.checkpoint.is_dir():
+        parser.error(f"argument --checkpoint: {args.checkpoint} is a folder, where a file is meant")
     try:
         args.device = pick_device(args.device)
     except ValueError as error:
@@ -194,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
             if not 0 <= digit < model.config.num_classes:
                 parser.error(f"argument --digits: must lie in [0, {model.config.num_classes}), not {digit}")
         draw(model, info, args)
-    except (CheckpointError, MemoryError, OSError) as error:
+    except (CheckpointError, OSError) as error:
         print(f"inference.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

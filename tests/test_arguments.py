@@ -12,6 +12,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import evaluate
 import inference
 import train
 from config import ModelConfig, TrainConfig
@@ -76,6 +77,20 @@ def test_inference(tiny_checkpoint, options):
             assert 1 <= args.steps <= 1000 and 0 <= args.eta <= 1 and 0 <= args.guidance <= 100
 
 
+EVALUATE_VALUES = ["--n", "--sampler", "--steps", "--eta", "--guidance", "--seed"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(options=st.lists(st.tuples(st.sampled_from(EVALUATE_VALUES), ANYTHING), min_size=1, max_size=3))
+def test_evaluate(options):
+    arguments = ["--device", "cpu", *(f"{name}={value}" for name, value in options)]
+    with mock.patch.object(evaluate, "measure") as started:
+        assert_accepted_or_refused(evaluate.main, arguments, started)
+        if started.called:
+            args = started.call_args.args[0]
+            assert 100 <= args.n <= 60_000 and 1 <= args.steps <= 1000 and 0 <= args.eta <= 1
+
+
 DEVICES = st.one_of(st.sampled_from(["", "cuda:99", "cpu:1", "meta:0", "tpu", "vulkan", "cpu,cuda", "CPU", " cpu", "None"]),
                     st.text(min_size=1, max_size=8).filter(lambda text: not text.startswith("-") and "\0" not in text))
 
@@ -83,7 +98,8 @@ DEVICES = st.one_of(st.sampled_from(["", "cuda:99", "cpu:1", "meta:0", "tpu", "v
 @settings(max_examples=60, deadline=None)
 @given(device=DEVICES)
 def test_devices(tiny_checkpoint, device):
-    for script, function, more in ((train, "train", []), (inference, "draw", ["--checkpoint", str(tiny_checkpoint)])):
+    for script, function, more in ((train, "train", []), (evaluate, "measure", []),
+                                   (inference, "draw", ["--checkpoint", str(tiny_checkpoint)])):
         with mock.patch.object(script, function) as started:
             assert_accepted_or_refused(script.main, [f"--device={device}", *more], started)
 
@@ -94,7 +110,8 @@ PLACES = ["", ".", "..", "/", "nowhere/file", "folder", "folder/", "file/below",
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("script", "function", "option"), [
-    (train, "train", "--checkpoint"), (inference, "draw", "--output"), (inference, "draw", "--gif")])
+    (train, "train", "--checkpoint"), (inference, "draw", "--output"), (inference, "draw", "--gif"),
+    (evaluate, "measure", "--json"), (evaluate, "measure", "--save-images"), (evaluate, "measure", "--neighbours")])
 def test_places(tmp_path, monkeypatch, tiny_checkpoint, script, function, option, place):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
@@ -104,6 +121,12 @@ def test_places(tmp_path, monkeypatch, tiny_checkpoint, script, function, option
     with mock.patch.object(script, function) as started:
         assert_accepted_or_refused(script.main, ["--device", "cpu", *weights, f"{option}={place}"], started)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    for script in (inference, evaluate):
+        status, err = outcome(script.main, ["--checkpoint", str(tmp_path)])
+        assert status == 2 and "is a folder, where a file is meant" in err
 
 
 def test_the_picture_does_not_replace_the_weights(tmp_path, tiny_checkpoint):

@@ -40,7 +40,8 @@ def run_state(folder):
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments(tmp_path, capsys):
+@pytest.mark.parametrize("seed", range(3))
+def test_kill_9_at_random_moments(tmp_path, capsys, seed):
     """Every kill leaves files that load, and the last run ends bit for bit as one that was never killed."""
     start = multiprocessing.get_context("forkserver")
     start.set_forkserver_preload(["train"])
@@ -55,7 +56,7 @@ def test_kill_9_at_random_moments(tmp_path, capsys):
         assert process.exitcode == 0
         seconds = time.monotonic() - began
 
-    rng, kills, steps, halves = random.Random(0), 0, set(), 0
+    rng, kills, steps, halves = random.Random(seed), 0, set(), 0
     for _ in range(500):
         resume = ["--resume"] if (killed / "model.resume.pth").exists() else []
         process = start.Process(target=run_train, args=(killed, *resume))
