@@ -50,7 +50,7 @@ def test_the_last_column_is_the_final_sample_and_the_first_is_the_noise(draw, ti
     draw("--seed", 4)
     drawn = cells(tmp_path / "inference.png", rows=10, columns=6)
     model, _ = load_model(tiny_checkpoint)
-    final = generate(model, torch.arange(10), steps=5, seed=4)
+    final = generate(model, torch.arange(10), steps=5, seed=4, guidance=inference.GUIDANCE)
     noise = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(4))
     np.testing.assert_allclose(drawn[:, -1], final[:, 0].clamp(-1, 1), atol=0.02)  # 256 greys
     np.testing.assert_allclose(drawn[:, 0], noise[:, 0].clamp(-1, 1), atol=0.02)
@@ -112,7 +112,7 @@ def test_animation(draw, tmp_path):
     final = cells(tmp_path / "inference.png", rows=10, columns=6)[:, -1]
     for digit in range(10):
         shown = last[:28 * ZOOM:ZOOM, digit * SIDE:digit * SIDE + 28 * ZOOM:ZOOM]
-        np.testing.assert_allclose(shown, final[digit], atol=0.15)  # 16 greys
+        np.testing.assert_allclose(shown, final[digit], atol=0.16)  # 8 greys
 
 
 # The options
@@ -125,8 +125,8 @@ def test_the_same_seed_draws_the_same_picture(draw, tmp_path):
     assert pictures[0] == pictures[1] != pictures[2]
 
 
-@pytest.mark.parametrize("options", [("--guidance", 3), ("--sampler", "ddim"), ("--sampler", "ddim", "--eta", 0.5),
-                                     ("--steps", 7)], ids=str)
+@pytest.mark.parametrize("options", [("--guidance", 3), ("--guidance", 1), ("--sampler", "ddim"),
+                                     ("--sampler", "ddim", "--eta", 0.5), ("--steps", 7)], ids=str)
 def test_every_option_changes_the_picture(draw, tmp_path, options):
     draw()
     plain = (tmp_path / "inference.png").read_bytes()
@@ -135,9 +135,9 @@ def test_every_option_changes_the_picture(draw, tmp_path, options):
 
 
 def test_it_says_what_it_did(draw, tiny_checkpoint, tmp_path):
-    out = draw("--guidance", 2, "--sampler", "ddim", "--eta", 0.5)
+    out = draw("--guidance", 2.5, "--sampler", "ddim", "--eta", 0.5)
     assert f"{tiny_checkpoint}: EMA weights after 3 training steps, on cpu" in out
-    assert "ddim, 5 steps, eta 0.5, seed 0, guidance 2 in the convention eps(null) + s (eps(digit) - eps(null))" in out
+    assert "ddim, 5 steps, eta 0.5, seed 0, guidance 2.5 in the convention eps(null) + s (eps(digit) - eps(null))" in out
     assert f"wrote {tmp_path / 'inference.png'}" in out
 
 
