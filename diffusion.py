@@ -21,16 +21,16 @@ def guided(model: Model, guidance: float, null_class: int) -> Model:
 
     eps_hat = eps(null) + guidance * (eps(y) - eps(null)): 1 is the plain conditional model, 0 the unconditional one.
     """
+    if guidance == 1:
+        return model  # the two cases that need one evaluation a step, not two
+    if guidance == 0:
+        return lambda x_t, t, y: model(x_t, t, torch.full_like(y, null_class))
 
     def conditional_and_null(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         null = torch.full_like(y, null_class)
         eps_y, eps_null = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
         return eps_null + guidance * (eps_y - eps_null)
 
-    if guidance == 1:
-        return model  # the two cases that need one evaluation a step, not two
-    if guidance == 0:
-        return lambda x_t, t, y: model(x_t, t, torch.full_like(y, null_class))
     return conditional_and_null
 
 

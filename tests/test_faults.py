@@ -40,7 +40,7 @@ def run_state(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_kill_9_at_random_moments(tmp_path, capsys, seed):
     """Every kill leaves files that load, and the last run ends bit for bit as one that was never killed."""
     start = multiprocessing.get_context("forkserver")
@@ -49,9 +49,14 @@ def test_kill_9_at_random_moments(tmp_path, capsys, seed):
     whole.mkdir()
     killed.mkdir()
     for _ in range(2):  # twice, since the first also starts the server that the others are forked from
+        shutil.rmtree(whole)
+        whole.mkdir()
         began = time.monotonic()
         process = start.Process(target=run_train, args=(whole,))
         process.start()
+        while process.is_alive() and not (whole / "model.resume.pth").exists():
+            time.sleep(0.001)
+        to_first_step = time.monotonic() - began
         process.join(120)
         assert process.exitcode == 0
         seconds = time.monotonic() - began
@@ -61,7 +66,7 @@ def test_kill_9_at_random_moments(tmp_path, capsys, seed):
         resume = ["--resume"] if (killed / "model.resume.pth").exists() else []
         process = start.Process(target=run_train, args=(killed, *resume))
         process.start()
-        process.join(rng.uniform(0.15, 0.4) * seconds)
+        process.join(rng.uniform(0.7, 1.0) * to_first_step + rng.uniform(0, 0.15) * (seconds - to_first_step))
         if process.exitcode is not None:
             break
         process.kill()
