@@ -16,7 +16,7 @@ from evaluate import Recogniser, copied_share, frechet_distance, nearest_two, sh
 
 @pytest.fixture(scope="module")
 def data():
-    return load_mnist(True, ROOT / "mnist", limit=4000), load_mnist(False, ROOT / "mnist", limit=1000)
+    return load_mnist(True, ROOT / "mnist", limit=3000), load_mnist(False, ROOT / "mnist", limit=1000)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,7 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
     assert got == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.slow
 def test_frechet_distance_of_real_images_is_the_floor_and_grows_with_harm(judge, data):
     real = data[0][:1000][0]
     labels = data[0].labels[:1000]
@@ -160,6 +161,7 @@ def test_a_tiny_run(tmp_path, call, quick, tiny_checkpoint):
     assert again == out
 
 
+@pytest.mark.slow
 def test_real_images_are_measured_as_real(tmp_path, call, quick, data):
     images, labels = data[0][2000:3000]
     save_checkpoint(tmp_path / "real.pt", {"images": images, "labels": labels})

@@ -193,9 +193,10 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, train_tiny, monk
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
     assert train_tiny(tmp_path / "whole", *options)[0] == 0
+    number = signal.SIGTERM if step % 2 == 0 else signal.SIGINT
     with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        assert train_tiny(tmp_path / "stopped", *options)[0] == 130
+        stop_at(patch, step, number)
+        assert train_tiny(tmp_path / "stopped", *options)[0] == 128 + number
     torch.manual_seed(12345)
     status, _, err = train_tiny(tmp_path / "stopped", *options, "--resume")
     assert status == 0, err
