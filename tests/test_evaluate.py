@@ -31,6 +31,7 @@ def distance(judge, data, images):
 
 # The judge
 
+@pytest.mark.slow
 def test_the_recogniser_reads_digits_and_is_kept(judge, data, tmp_path):
     file = tmp_path / "recogniser.pth"
     save_checkpoint(file, {"recogniser": judge.state_dict()})
@@ -140,6 +141,7 @@ def quick(monkeypatch, judge, data):
     monkeypatch.setattr(evaluate, "trained_recogniser", lambda file, train_set, test_set: judge)
 
 
+@pytest.mark.slow
 def test_a_tiny_run(tmp_path, call, quick, tiny_checkpoint):
     files = {name: tmp_path / name for name in ("results.json", "neighbours.png", "drawn.pt")}
     status, out, err = call(evaluate.main, "--checkpoint", tiny_checkpoint, "--n", 150, "--sampler", "ddim", "--steps", 2,
@@ -181,7 +183,9 @@ def test_real_images_are_measured_as_real(tmp_path, call, quick, data):
     {"images": torch.full((5, 1, 28, 28), torch.nan), "labels": torch.zeros(5, dtype=torch.long)},
     {"images": torch.zeros(5, 1, 28, 28)},
 ], ids=["shape", "count", "label", "nan", "none"])
-def test_files_that_hold_no_images(tmp_path, refused, quick, entries):
+def test_files_that_hold_no_images(tmp_path, monkeypatch, refused, data, entries):
+    monkeypatch.setattr(evaluate, "load_mnist", lambda train, data_dir, device: data[0] if train else data[1])
+    monkeypatch.setattr(evaluate, "trained_recogniser", lambda *args: Recogniser().eval())
     save_checkpoint(tmp_path / "bad.pt", entries)
     before = content(tmp_path)
     refused(evaluate.main, 1, "bad.pt", "--images", tmp_path / "bad.pt", "--device", "cpu", "--json", tmp_path / "r.json")

@@ -117,13 +117,20 @@ def test_a_full_disk_keeps_the_last_good_files(full_disk, train_tiny):
     assert load_model(full_disk / "model.pth")[1]["step"] == 6
 
 
+TWO_EPOCHS = ("--epochs", 2, "--checkpoint-every", 2)
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory):
+    """A run without a fault, of two epochs with three steps each and a checkpoint every two."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train.main([str(argument) for argument in ("--checkpoint", folder / "model.pth", *TINY, *TWO_EPOCHS)]) == 0
+    return folder
+
+
 @pytest.mark.parametrize("failing", range(1, 11))
-def test_a_run_whose_disk_fails_at_any_write_can_go_on(tmp_path, train_tiny, monkeypatch, failing):
+def test_a_run_whose_disk_fails_at_any_write_can_go_on(tmp_path, train_tiny, two_epochs, monkeypatch, failing):
     """The n-th of the run's ten files fails to be moved into place; a resumed run ends as one without a fault."""
-    options = ("--epochs", 2, "--checkpoint-every", 2)
-    for name in ("whole", "failed"):
-        (tmp_path / name).mkdir()
-    assert train_tiny(tmp_path / "whole", *options)[0] == 0
     replace, calls = os.replace, []
 
     def fail_once(*args):
@@ -134,11 +141,11 @@ def test_a_run_whose_disk_fails_at_any_write_can_go_on(tmp_path, train_tiny, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail_once)
-        status, _, err = train_tiny(tmp_path / "failed", *options)
+        status, _, err = train_tiny(tmp_path, *TWO_EPOCHS)
     assert status == 1 and "could not be written (Input/output error)" in err.splitlines()[-1]
-    resume = ["--resume"] if (tmp_path / "failed" / "model.resume.pth").exists() else []
-    assert train_tiny(tmp_path / "failed", *options, *resume)[0] == 0
-    assert run_state(tmp_path / "failed") == run_state(tmp_path / "whole")
+    resume = ["--resume"] if (tmp_path / "model.resume.pth").exists() else []
+    assert train_tiny(tmp_path, *TWO_EPOCHS, *resume)[0] == 0
+    assert run_state(tmp_path) == run_state(two_epochs)
 
 
 def test_out_of_memory_names_the_batch_size(tmp_path, train_tiny, monkeypatch):
