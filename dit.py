@@ -3,6 +3,8 @@
 Names and shapes of the parameters are those of the paper's released checkpoints.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +25,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     """The inverse of `patchify` for square images. (N, L, p*p*C) -> (N, C, H, W) with H = W = p * sqrt(L)."""
     N, L, patch_values = patches.shape
-    p, side = patch_size, int(L**0.5)
+    p, side = patch_size, math.isqrt(L)
     C = patch_values // (p * p)
     images = patches.reshape(N, side, side, p, p, C).permute(0, 5, 1, 3, 2, 4)  # (N, C, side, p, side, p)
     return images.reshape(N, C, side * p, side * p)

@@ -1,7 +1,7 @@
 """Draw digits from a checkpoint: reverse diffusion from pure noise, shown step by step in inference.png.
 
     python inference.py                                      one image a digit, 1000 steps of DDPM, guidance 2
-    python inference.py --sampler ddim --steps 50 --guidance 1 --digits 3 7 --per-digit 4 --gif digits.gif
+    python inference.py --sampler ddim --steps 50 --digits 3 7 --per-digit 4 --gif digits.gif
 """
 
 import argparse
@@ -33,15 +33,17 @@ GAP, ZOOM = 2, 2  # pixels between two images; screen pixels a pixel
 
 
 def generate(model: DiT, labels: Tensor, *, sampler: str = "ddpm", steps: int | None = None, eta: float = 0.0,
-             guidance: float = 1.0, seed: int = 0, on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
+             guidance: float = GUIDANCE, seed: int = 0, on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
     """Draw one image a label. labels: (N,) ints in [0, num_classes]; returns (N, C, H, W) in [-1, 1].
 
     sampler, steps: "ddpm" (1000 unless given) or "ddim" (50); eta: of ddim; on_step(t, x_t): see
-    `GaussianDiffusion.ddpm_sample`. ValueError for values out of range.
+    `GaussianDiffusion.ddpm_sample`. ValueError for a sampler, steps or eta that there is not.
     """
     config, device = model.config, model.pos_embed.device
     if sampler not in STEPS:
         raise ValueError(f"sampler must be one of {', '.join(STEPS)}, not {sampler!r}")
+    if eta and sampler != "ddim":
+        raise ValueError("eta goes with the sampler ddim")
     if config.learn_sigma:
         raise ValueError("the samplers use a fixed variance, and this network predicts one")
     diffusion = GaussianDiffusion(T)

@@ -1,6 +1,5 @@
 """What a training run leaves on disk: its weights, the state to go on from, and the loss curve."""
 
-import csv
 import math
 import shutil
 import time
@@ -67,7 +66,7 @@ class RunFiles:
     def save_curve(self, curve: list[dict], last: bool) -> None:
         """loss.csv and loss.png; the picture at most every ten seconds, for it takes as long as many steps on a GPU."""
         self._keep_a_copy_of_another_run(self.csv)
-        write_atomically(self.csv, lambda path: write_csv(path, curve))
+        write_atomically(self.csv, lambda path: path.write_text("\n".join(csv_lines(curve)) + "\n"))
         if last or time.monotonic() - self.drawn > 10:
             self._keep_a_copy_of_another_run(self.png)
             write_atomically(self.png, lambda path: draw_curve(path, curve, self.cfg.loss))
@@ -80,9 +79,12 @@ class RunFiles:
             tqdm.write(f"{self.state} is of a run that can go on with --resume; this is a new one, so it is kept as {kept} "
                        "(stop, rename it back and add --resume to go on with it)")
 
-    def start_again(self) -> None:
-        """The files that are there are this run's."""
-        self.ours = {self.weights, self.csv, self.png}
+    def start_again(self, curve: list[dict]) -> None:
+        """The weights are this run's; so is the curve, unless loss.csv begins with other rows than the state knows."""
+        self.ours = {self.weights}
+        known = csv_lines(curve)
+        if not curve or not self.csv.is_file() or self.csv.read_text().splitlines()[:len(known)] == known:
+            self.ours |= {self.csv, self.png}
 
     def _keep_a_copy_of_another_run(self, path: Path) -> None:
         """Before `path` is first written. A copy, so that there is a file of that name at every moment."""
@@ -105,14 +107,10 @@ def _flat(recipe: dict) -> dict:
     return {name: value for name, value in recipe.items() if name != "model"} | network
 
 
-def write_csv(path: Path, curve: list[dict]) -> None:
-    """A row an epoch, under the names of its values."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, curve[0])
-        writer.writeheader()
-        for row in curve:
-            losses = {name: f"{row[name]:.6f}" for name in ("train_loss", "test_loss")}
-            writer.writerow(row | losses | {"seconds": f"{row['seconds']:.1f}"})
+def csv_lines(curve: list[dict]) -> list[str]:
+    """A line an epoch, under the names of its values."""
+    digits = {"epoch": "d", "step": "d", "train_loss": ".6f", "test_loss": ".6f", "seconds": ".1f"}
+    return [",".join(digits), *(",".join(format(row[name], digits[name]) for name in digits) for row in curve)]
 
 
 def draw_curve(path: Path, curve: list[dict], kind: str) -> None:

@@ -2,7 +2,8 @@
 
     python train.py                                   the recipe: 500 epochs of batches of 300
     python train.py --resume                          go on after a stop
-    torchrun --nproc-per-node 4 train.py              every batch shared by 4 processes
+    torchrun --standalone --nproc-per-node 4 --max-restarts 3 train.py
+                                                      every batch shared by 4 processes
     python train.py --help                            every setting
 """
 
@@ -146,7 +147,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
     run = Run(cfg, device)
     if resume:
         run.restore(files.load_state())
-        files.start_again()
+        files.start_again(run.curve)
         if run.step > total_steps:
             raise TrainingError(f"{files.state} is at step {run.step}, and {cfg.epochs} epochs end at step {total_steps}")
         if ranks.leads:

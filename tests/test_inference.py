@@ -145,7 +145,8 @@ def test_generate_refuses_what_it_does_not_know(tiny_checkpoint, open_network):
     model, _ = load_model(tiny_checkpoint)
     for settings, words in (({"sampler": "DDIM"}, "sampler must be one of ddpm, ddim, not 'DDIM'"),
                             ({"sampler": "ddim", "steps": 0}, "number of sampling steps"),
-                            ({"sampler": "ddim", "eta": 5.0}, "eta must lie in")):
+                            ({"sampler": "ddim", "eta": 5.0}, "eta must lie in"),
+                            ({"eta": 0.5}, "eta goes with the sampler ddim")):
         with pytest.raises(ValueError, match=words):
             generate(model, torch.tensor([1]), **settings)
 

@@ -210,6 +210,16 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, train_tiny, monk
     assert curves[0] == curves[1] and len(curves[0]) == 3
 
 
+def test_a_curve_of_another_run_is_kept_at_resume_too(tmp_path, train_tiny):
+    assert train_tiny(tmp_path, "--epochs", 2)[0] == 0
+    (tmp_path / "loss.csv").write_text("epoch,step\n1,another run's\n")
+    assert train_tiny(tmp_path, "--epochs", 3, "--resume")[0] == 0
+    assert (tmp_path / "loss.old-1.csv").read_text() == "epoch,step\n1,another run's\n"
+    assert len(rows(tmp_path)) == 3
+    assert train_tiny(tmp_path, "--epochs", 4, "--resume")[0] == 0
+    assert not (tmp_path / "loss.old-2.csv").exists()
+
+
 def test_more_epochs_may_follow(tmp_path, train_tiny):
     for name in ("whole", "longer"):
         (tmp_path / name).mkdir()
