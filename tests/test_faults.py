@@ -38,6 +38,15 @@ def run_state(folder):
     return checksum({name: state[name] for name in STATE if name not in ("seconds", "recipe")}), rows
 
 
+def wait_for_writes(process, file, count):
+    """Until the file has been replaced so often, or the process has ended."""
+    last, seen = file.stat().st_ino if file.exists() else None, 0
+    while process.is_alive() and seen < count:
+        time.sleep(0.001)
+        now = file.stat().st_ino if file.exists() else None
+        seen, last = seen + (now != last), now
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_kill_9_at_random_moments(tmp_path, capsys, seed):
@@ -65,7 +74,11 @@ def test_kill_9_at_random_moments(tmp_path, capsys, seed):
         resume = ["--resume"] if (killed / "model.resume.pth").exists() else []
         process = start.Process(target=run_train, args=(killed, *resume))
         process.start()
-        process.join(rng.uniform(0.7, 1.0) * to_first_step + rng.uniform(0, 0.15) * (seconds - to_first_step))
+        if rng.random() < 0.2:
+            process.join(rng.uniform(0, 1) * to_first_step)
+        else:  # by progress and not by the clock, so that a busy machine changes nothing
+            wait_for_writes(process, killed / "model.resume.pth", rng.randint(1, 4))
+            process.join(rng.uniform(0, 2) * (seconds - to_first_step) / 90)
         if process.exitcode is not None:
             break
         process.kill()
@@ -84,7 +97,7 @@ def test_kill_9_at_random_moments(tmp_path, capsys, seed):
                        load_model(whole / "model.pth")[0].x_embedder.proj.bias)
     with capsys.disabled():
         print(f" [{kills} kills, at {len(steps)} different steps, {halves} in the middle of writing a file] ", end="")
-    assert kills >= 10 and len(steps) >= 5
+    assert kills >= 5 and len(steps) >= 5
 
 
 @pytest.fixture
