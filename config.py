@@ -4,6 +4,7 @@ A field with a help text in its metadata is an option of `train.py`, so that eac
 """
 
 import math
+from argparse import BooleanOptionalAction
 from dataclasses import dataclass, field, fields
 
 T = 1000  # diffusion steps, DDPM section 4
@@ -65,6 +66,7 @@ class TrainConfig:
     epochs: int = option(500, "passes over the training images")
     batch_size: int = option(300, "images a step; the rest of an epoch that fills no batch is left out")
     loss: str = option("l1", "distance between the noise and its prediction; the papers have mse", choices=("l1", "mse"))
+    min_snr: float = option(0.0, "weight of a timestep in the loss: min(SNR, MIN_SNR) / SNR; 0 for 1, as in the papers")
     optimizer: str = option("adamw", "AdamW without weight decay for all, or Muon for the matrices of the blocks",
                             choices=("adamw", "muon"))
     lr: float = option(1e-3, "highest learning rate")
@@ -78,6 +80,10 @@ class TrainConfig:
     checkpoint: str = option("model.pth", "file for the weights; loss.csv and loss.png go beside it")
     checkpoint_every: int = option(1000, "steps between two writes of the checkpoint")
     device: str = option("auto", "cpu, cuda, mps, ...; auto takes a GPU when there is one")
+    precision: str = option("float32", "of the network's matrix products in training; the weights stay float32",
+                            choices=("float32", "bfloat16"))
+    compile: bool = option(True, "have torch.compile make the step faster; takes half a minute at the start",
+                           action=BooleanOptionalAction)
 
     def __post_init__(self):
         _require_types(self)
@@ -86,6 +92,7 @@ class TrainConfig:
             _require_within(self, name, least, most)
         _require(self.limit == 0 or self.batch_size <= self.limit,
                  f"batch_size {self.batch_size} is more than the {self.limit} images that limit leaves")
+        _require(0 <= self.min_snr < math.inf, f"min_snr must be 0 or positive and finite, not {self.min_snr}")
         _require(0 < self.lr < math.inf, f"lr must be positive and finite, not {self.lr}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), not {self.ema_decay}")
         _require((self.model.image_size, self.model.in_channels, self.model.num_classes) == (28, 1, 10),

@@ -98,13 +98,19 @@ class GaussianDiffusion:
         return t, torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
 
     def loss(self, model: Model, x_0: Tensor, y: Tensor, t: Tensor, eps: Tensor,
-             kind: Literal["l1", "mse"] = "l1") -> Tensor:
+             kind: Literal["l1", "mse"] = "l1", min_snr: float = 0.0) -> Tensor:
         """Mean distance between eps and its prediction (DDPM Algorithm 1, line 5; eq. 14 for "mse"). A scalar.
 
-        x_0: (N, C, H, W) in [-1, 1]; y, t: (N,); eps: (N, C, H, W).
+        x_0: (N, C, H, W) in [-1, 1]; y, t: (N,); eps: (N, C, H, W). min_snr, if it is not 0, is the gamma of min-SNR
+        weights (Hang et al. 2023): an image counts min(SNR_t, gamma) / SNR_t, so that the fine grain of the last steps
+        does not outweigh the shape that is settled before them.
         """
         distance = {"l1": F.l1_loss, "mse": F.mse_loss}[kind]
-        return distance(model(self.q_sample(x_0, t, eps), t, y), eps)
+        each = distance(model(self.q_sample(x_0, t, eps), t, y), eps, reduction="none")
+        if min_snr:
+            snr = self.alpha_bar / (1 - self.alpha_bar)
+            each = _at(snr.clamp(max=min_snr) / snr, t, x_0) * each
+        return each.mean()
 
     # Reverse process
 

@@ -30,6 +30,7 @@ from diffusion import GaussianDiffusion
 from distributed import Ranks, joined_ranks
 from dit import DiT
 from run_files import RunFiles
+from speed import compiled, keep_freed_memory
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as CUDA, the CPU and Windows say it
 
@@ -134,6 +135,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
     ranks = ranks or Ranks()
     if cfg.batch_size % ranks.size:
         raise TrainingError(f"a batch of {cfg.batch_size} cannot be shared evenly by {ranks.size} processes")
+    keep_freed_memory()
     device = pick_device(cfg.device, ranks.local_rank)
     files = RunFiles(cfg)
     # A state that torchrun's restart finds is this run's: the start of the run set any other aside.
@@ -154,7 +156,13 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
             tqdm.write(f"resumed at step {run.step} of {total_steps}")
     elif ranks.leads:
         files.start_anew()
-    network = ranks.wrap(run.model)
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16")
+    network = run.model
+    if cfg.compile:
+        x_0, y = train_set[:cfg.batch_size // ranks.size]
+        with precision:
+            network = compiled(network, x_0, torch.zeros_like(y), y)
+    network = ranks.wrap(network)
 
     bar = tqdm(total=total_steps * cfg.batch_size, initial=run.step * cfg.batch_size, unit="img", unit_scale=True,
                mininterval=0.5, smoothing=0.05, disable=not ranks.leads)
@@ -168,7 +176,8 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
                 x_0, y = train_set[index]
                 t, eps = diffusion.draw_t_and_eps(x_0)
                 y = run.model.y_embedder.drop(y)
-                loss = diffusion.loss(network, *ranks.share(x_0, y, t, eps), cfg.loss)
+                with precision:
+                    loss = diffusion.loss(network, *ranks.share(x_0, y, t, eps), cfg.loss, cfg.min_snr)
                 loss.backward()
                 for optimizer in run.optimizers:
                     for group in optimizer.param_groups:
@@ -236,7 +245,8 @@ def stop_signals() -> Iterator[list[int]]:
 def add_options(parser: argparse._ArgumentGroup, config_class: type) -> None:
     for f in fields(config_class):
         if "help" in f.metadata:
-            parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, **f.metadata)
+            typed = {} if "action" in f.metadata else {"type": type(f.default)}
+            parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **typed, **f.metadata)
 
 
 def chosen(args: argparse.Namespace, config_class: type) -> dict:

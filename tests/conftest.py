@@ -69,7 +69,7 @@ def refused(call):
 
 
 TINY = ("--data-dir", ROOT / "mnist", "--limit", 300, "--batch-size", 100, "--hidden-size", 16, "--depth", 1,
-        "--num-heads", 2, "--device", "cpu")
+        "--num-heads", 2, "--device", "cpu", "--no-compile")
 
 
 @pytest.fixture
