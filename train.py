@@ -32,6 +32,7 @@ from dit import DiT
 from run_files import RunFiles
 from speed import compiled, keep_freed_memory
 
+HELD_OUT_BATCH = 250  # test images at a time
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as CUDA, the CPU and Windows say it
 
 
@@ -75,9 +76,9 @@ def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> Non
 def held_out_loss(model: nn.Module, diffusion: GaussianDiffusion, digits: Digits, kind: str) -> float:
     """Mean loss over `digits`, with the same t and eps for every image at every call: two calls can be compared."""
     generator = torch.Generator().manual_seed(0)
-    total, batch_size = 0.0, 250
-    for start in range(0, len(digits), batch_size):
-        x_0, y = digits[start:start + batch_size]
+    total = 0.0
+    for start in range(0, len(digits), HELD_OUT_BATCH):
+        x_0, y = digits[start:start + HELD_OUT_BATCH]
         t = torch.randint(len(diffusion), (len(y),), generator=generator).to(y.device)
         eps = torch.randn(x_0.shape, generator=generator).to(y.device)
         total += diffusion.loss(model, x_0, y, t, eps, kind).item() * len(y)
@@ -157,11 +158,14 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
     elif ranks.leads:
         files.start_anew()
     precision = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16")
-    network = run.model
+    network, averaged = run.model, run.ema
     if cfg.compile:
         x_0, y = train_set[:cfg.batch_size // ranks.size]
         with precision:
             network = compiled(network, x_0, torch.zeros_like(y), y)
+        x_0, y = test_set[:HELD_OUT_BATCH]
+        with torch.no_grad():
+            averaged = compiled(averaged, x_0, torch.zeros_like(y), y)
     network = ranks.wrap(network)
 
     bar = tqdm(total=total_steps * cfg.batch_size, initial=run.step * cfg.batch_size, unit="img", unit_scale=True,
@@ -201,7 +205,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
                                           "goes on from there", signals[0] if signals else signal.SIGTERM)
             run.curve.append({
                 "epoch": epoch, "step": run.step, "train_loss": finite(run.loss_sum / done, run.step, cfg),
-                "test_loss": held_out_loss(run.ema, diffusion, test_set, cfg.loss), "seconds": run.seconds(),
+                "test_loss": held_out_loss(averaged, diffusion, test_set, cfg.loss), "seconds": run.seconds(),
             })
             bar.set_postfix({name: f"{run.curve[-1][name]:.4f}" for name in ("train_loss", "test_loss")})
             run.loss_sum.zero_()
