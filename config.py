@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields
 
 T = 1000  # diffusion steps, DDPM section 4
 MNIST_IMAGES = 60_000  # in the training split
+STEPS = {"ddpm": T, "ddim": 50}  # of the samplers, unless told
+GUIDANCE = 2.0  # of the scripts, unless told; README, "How good the digits are", has what it does for our weights
 
 
 def option(default, help, **argparse_settings):

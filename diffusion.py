@@ -1,7 +1,8 @@
 """The diffusion: forward process, loss and reverse process (DDPM, Ho et al. 2020; DDIM, Song et al. 2020).
 
 Time is counted from 0 in the code: t = 0, ..., T-1 here is t = 1, ..., T in the papers. A model is any callable
-eps_hat = model(x_t, t, y) with x_t: (N, C, H, W), t: (N,) ints in [0, T), y: (N,) class labels.
+eps_hat = model(x_t, t, y) with x_t: (N, C, H, W), t: (N,) ints in [0, T), y: (N,) class labels. The formulas take a t for
+each image, or one for all of them as a plain int, which spares a sampler the look-up.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from config import T
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+Time = Tensor | int  # (N,) ints in [0, T), or one for all images
 
 
 def guided(model: Model, guidance: float, null_class: int) -> Model:
@@ -71,19 +73,19 @@ class GaussianDiffusion:
 
     # Forward process
 
-    def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def q_sample(self, x_0: Tensor, t: Time, eps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM eq. 4). x_0, eps: (N, C, H, W); t: (N,)."""
         return _at(self.alpha_bar.sqrt(), t, x_0) * x_0 + _at((1 - self.alpha_bar).sqrt(), t, x_0) * eps
 
-    def predict_x_0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def predict_x_0(self, x_t: Tensor, t: Time, eps: Tensor) -> Tensor:
         """x_0 from x_t and eps: eq. 4 solved for x_0 (DDPM eq. 15)."""
         return (x_t - _at((1 - self.alpha_bar).sqrt(), t, x_t) * eps) / _at(self.alpha_bar.sqrt(), t, x_t)
 
-    def predict_eps(self, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
+    def predict_eps(self, x_t: Tensor, t: Time, x_0: Tensor) -> Tensor:
         """eps from x_t and x_0: eq. 4 solved for eps."""
         return (x_t - _at(self.alpha_bar.sqrt(), t, x_t) * x_0) / _at((1 - self.alpha_bar).sqrt(), t, x_t)
 
-    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Time) -> tuple[Tensor, Tensor | float]:
         """Mean (N, C, H, W) and variance (N, 1, 1, 1) of q(x_t-1 | x_t, x_0) (DDPM eq. 6 and 7)."""
         x_0_weight = self.alpha_bar_prev.sqrt() * self.beta / (1 - self.alpha_bar)
         x_t_weight = self.alpha.sqrt() * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
@@ -114,7 +116,7 @@ class GaussianDiffusion:
 
     # Reverse process
 
-    def ddpm_step(self, x_t: Tensor, t: Tensor, eps_hat: Tensor, z: Tensor, clip: bool = True) -> Tensor:
+    def ddpm_step(self, x_t: Tensor, t: Time, eps_hat: Tensor, z: Tensor, clip: bool = True) -> Tensor:
         """x_t-1 ~ N(mu(x_t, t), beta_tilde_t I) from x_t (DDPM Algorithm 2, line 4); z ~ N(0, I), not used at t = 0.
 
         mu is written as eq. 6 at the predicted x_0, which equals eq. 11 but lets x_0 be clipped to the range of images.
@@ -124,9 +126,9 @@ class GaussianDiffusion:
         if clip:
             x_0_hat = x_0_hat.clamp(-1, 1)
         mean, variance = self.q_posterior(x_0_hat, x_t, t)  # the variance is 0 at t = 0
-        return mean + variance.sqrt() * z
+        return mean + variance**0.5 * z
 
-    def ddim_step(self, x_t: Tensor, t: Tensor, eps_hat: Tensor, z: Tensor, clip: bool = True, eta: float = 0.0) -> Tensor:
+    def ddim_step(self, x_t: Tensor, t: Time, eps_hat: Tensor, z: Tensor, clip: bool = True, eta: float = 0.0) -> Tensor:
         """x_t-1 from x_t (DDIM eq. 12, whose alpha is DDPM's alpha_bar); z ~ N(0, I).
 
         eta = 0 is deterministic, eta = 1 has DDPM's variance.
@@ -170,7 +172,7 @@ class GaussianDiffusion:
                 on_step(time + 1, x_t)
             eps_hat = model(x_t, torch.full_like(y, time), y)
             z = torch.randn(shape, generator=generator, device=y.device, dtype=x_t.dtype)
-            x_t = step(x_t, torch.full_like(y, i), eps_hat, z, **step_settings)
+            x_t = step(x_t, i, eps_hat, z, **step_settings)
         if on_step:
             on_step(0, x_t)
         return x_t
@@ -181,6 +183,8 @@ def _shifted(alpha_bar: Tensor) -> Tensor:
     return torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
 
 
-def _at(values: Tensor, t: Tensor, images: Tensor) -> Tensor:
-    """values[t] for each image, (N, 1, 1, 1), in the images' dtype and on their device."""
+def _at(values: Tensor, t: Time, images: Tensor) -> Tensor | float:
+    """values[t] for each image, (N, 1, 1, 1), in the images' dtype and on their device; a float for one t."""
+    if isinstance(t, int):
+        return values[t].item()
     return values.to(images.dtype).to(images.device)[t].reshape(-1, 1, 1, 1)  # cast first: Apple's GPUs lack float64

@@ -10,6 +10,11 @@ import json
 import sys
 from pathlib import Path
 
+from arguments import check_sampling_options, evaluate_parser
+
+if __name__ == "__main__":
+    evaluate_parser().parse_args()  # here already, so that --help does not wait for torch
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,11 +22,13 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, check_writable, load_checkpoint, load_model, save_checkpoint, write_atomically
-from config import MNIST_IMAGES
+from config import MNIST_IMAGES, pick_device
 from dataset import DataError, Digits, load_mnist
-from inference import add_sampling_options, check_sampling_options, generate, positive_int, show_canvas, tile
+from inference import generate, show_canvas, tile
+from speed import keep_freed_memory
 
 EPOCHS, BATCH_SIZE = 8, 125  # of the recogniser; and images drawn at a time
+WORTH_COMPILING = 100_000  # evaluations of the network
 
 
 class Recogniser(nn.Module):
@@ -180,7 +187,8 @@ def draw_images(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     with tqdm(total=args.n, desc="drawing", unit="img", mininterval=0.5) as bar:
         for number, part in enumerate(labels.split(BATCH_SIZE)):
             images.append(generate(model, part, sampler=args.sampler, steps=args.steps, eta=args.eta,
-                                   guidance=args.guidance, seed=(args.seed * 10_000 + number) % 2**63))
+                                   guidance=args.guidance, seed=(args.seed * 10_000 + number) % 2**63,
+                                   compile=args.n * args.steps >= WORTH_COMPILING))
             bar.update(len(part))
     return torch.cat(images).clamp(-1, 1), labels.to(args.device)
 
@@ -202,15 +210,7 @@ def print_table(results: dict[str, dict]) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure how good the digits of a checkpoint are.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--n", type=positive_int, default=10_000, help="images to draw (default: 10000)")
-    add_sampling_options(parser)
-    add("--data-dir", default="mnist", help="folder that holds MNIST/raw/; the recogniser is kept there (default: mnist)")
-    add("--json", type=Path, metavar="FILE", help="write the figures there too")
-    add("--neighbours", type=Path, metavar="FILE", help="draw some digits beside their nearest training images")
-    add("--save-images", type=Path, metavar="FILE", help="keep the drawn images and their labels")
-    add("--images", type=Path, metavar="FILE", help="measure such a file, and draw nothing")
+    parser = evaluate_parser()
     args = parser.parse_args(argv)
     check_sampling_options(parser, args)
     if not 100 <= args.n <= MNIST_IMAGES:
@@ -222,6 +222,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.error(str(error))
     if args.neighbours and args.neighbours.suffix.lower() != ".png":
         parser.error(f"argument --neighbours: {args.neighbours} must end in .png")
+    try:
+        args.device = pick_device(args.device)
+    except ValueError as error:
+        parser.error(f"argument --device: {error}")
     return args
 
 
@@ -242,6 +246,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    keep_freed_memory()
     try:
         measure(args)
     except (CheckpointError, DataError, OSError) as error:

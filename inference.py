@@ -10,6 +10,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from arguments import check_sampling_options, inference_parser
+
+if __name__ == "__main__":
+    inference_parser().parse_args()  # here already, so that --help does not wait for torch
+
 import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.artist import Artist
@@ -20,12 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, check_writable, load_model, write_atomically
-from config import T, pick_device
+from config import GUIDANCE, STEPS, T, pick_device
 from diffusion import GaussianDiffusion, guided
 from dit import DiT
+from speed import compiled, keep_freed_memory, tabulated
 
-STEPS = {"ddpm": T, "ddim": 50}  # of the samplers, unless told
-GUIDANCE = 2.0  # of the scripts, unless told; `evaluate.py` shows what it does for the weights that ship
 COLUMNS = 11  # of inference.png: t = 1000, 900, ..., 0
 MAX_ROWS = 500  # of inference.png: about the height that picture viewers bear
 FRAMES = 31  # of the animation
@@ -33,11 +37,13 @@ GAP, ZOOM = 2, 2  # pixels between two images; screen pixels a pixel
 
 
 def generate(model: DiT, labels: Tensor, *, sampler: str = "ddpm", steps: int | None = None, eta: float = 0.0,
-             guidance: float = GUIDANCE, seed: int = 0, on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
+             guidance: float = GUIDANCE, seed: int = 0, on_step: Callable[[int, Tensor], None] | None = None,
+             compile: bool = False) -> Tensor:
     """Draw one image a label. labels: (N,) ints in [0, num_classes]; returns (N, C, H, W) in [-1, 1].
 
     sampler, steps: "ddpm" (1000 unless given) or "ddim" (50); eta: of ddim; on_step(t, x_t): see
-    `GaussianDiffusion.ddpm_sample`. ValueError for a sampler, steps or eta that there is not.
+    `GaussianDiffusion.ddpm_sample`; compile: worth its half a minute for thousands of images. ValueError for a sampler,
+    steps or eta that there is not.
     """
     config, device = model.config, model.pos_embed.device
     if sampler not in STEPS:
@@ -46,14 +52,18 @@ def generate(model: DiT, labels: Tensor, *, sampler: str = "ddpm", steps: int | 
         raise ValueError("eta goes with the sampler ddim")
     if config.learn_sigma:
         raise ValueError("the samplers use a fixed variance, and this network predicts one")
+    steps, labels = STEPS[sampler] if steps is None else steps, labels.to(device)
     diffusion = GaussianDiffusion(T)
     sample = diffusion.ddpm_sample if sampler == "ddpm" else partial(diffusion.ddim_sample, eta=eta)
-    return sample(
-        guided(model, guidance, null_class=config.num_classes),
-        (len(labels), config.in_channels, config.image_size, config.image_size), labels.to(device),
-        steps=STEPS[sampler] if steps is None else steps, generator=torch.Generator(device).manual_seed(seed),
-        on_step=on_step,
-    )
+    network = tabulated(model, diffusion.respaced(steps).timesteps, labels)
+    shape = (len(labels), config.in_channels, config.image_size, config.image_size)
+    if compile:
+        batch_size = len(labels) * (1 if guidance in (0, 1) else 2)
+        x_t, t, y = torch.zeros(batch_size, *shape[1:], device=device), *torch.zeros(2, batch_size, device=device).long()
+        with torch.no_grad():
+            network = compiled(network, x_t, t, y)
+    return sample(guided(network, guidance, null_class=config.num_classes), shape, labels, steps=steps,
+                  generator=torch.Generator(device).manual_seed(seed), on_step=on_step)
 
 
 class Snapshots:
@@ -118,59 +128,8 @@ def draw_animation(path: Path, columns: int, times: list[int], snapshots: list[T
     FuncAnimation(figure, show, frames=frames).save(path, writer=PillowWriter(fps=8))
 
 
-def positive_int(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
-
-
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `generate`, and where the weights come from."""
-    add = parser.add_argument
-    default = "(default: %(default)s)"
-    add("--sampler", choices=tuple(STEPS), default="ddpm", help=f"ancestral sampling, or DDIM {default}")
-    add("--steps", type=positive_int,
-        help=f"sampling steps, at most {T} (default: {', '.join(f'{n} for {name}' for name, n in STEPS.items())})")
-    add("--eta", type=float, default=0.0, help=f"noise of ddim, from 0, none, to 1, as much as ddpm {default}")
-    add("--guidance", type=float, default=GUIDANCE, metavar="S", help="strength of eps(null) + S (eps(digit) - eps(null)): "
-        f"1 is none, more makes digits more typical and less varied {default}")
-    add("--seed", type=int, default=0, help=f"of the noise {default}")
-    add("--checkpoint", type=Path, default=Path("model.pth"), help=f"the weights {default}")
-    add("--device", default="auto", help=f"cpu, cuda, mps, ...; auto is a GPU when there is one {default}")
-
-
-def check_sampling_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with a sentence if one of them is out of its range; fill in the steps and the torch.device."""
-    if [] in vars(args).values():
-        parser.error("an option lacks its value")  # argparse reads --steps=-- as an empty list
-    if args.steps is None:
-        args.steps = STEPS[args.sampler]
-    if args.steps > T:
-        parser.error(f"argument --steps: must lie in [1, {T}], not {args.steps}")
-    if not 0 <= args.eta <= 1:
-        parser.error(f"argument --eta: must lie in [0, 1], not {args.eta}")
-    if args.eta and args.sampler != "ddim":
-        parser.error("argument --eta: goes with --sampler ddim")
-    if not 0 <= args.guidance <= 100:
-        parser.error(f"argument --guidance: must lie in [0, 100], not {args.guidance}")
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"argument --seed: must lie in [0, 2^63), not {args.seed}")
-    if args.checkpoint.is_dir():
-        parser.error(f"argument --checkpoint: {args.checkpoint} is a folder, where a file is meant")
-    try:
-        args.device = pick_device(args.device)
-    except ValueError as error:
-        parser.error(f"argument --device: {error}")
-
-
 def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description="Draw digits with a trained DiT.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--digits", type=int, nargs="+", metavar="D", default=list(range(10)), help="a row each (default: 0 to 9)")
-    add("--per-digit", type=positive_int, default=1, metavar="N", help="images of each digit (default: %(default)s)")
-    add_sampling_options(parser)
-    add("--output", type=Path, default=Path("inference.png"), help="the picture (default: %(default)s)")
-    add("--gif", type=Path, metavar="FILE", help="write an animation of the denoising too")
+    parser = inference_parser()
     args = parser.parse_args(argv)
     check_sampling_options(parser, args)
     if len(args.digits) * args.per_digit > MAX_ROWS:
@@ -186,11 +145,16 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
             check_writable(path)
         except OSError as error:
             parser.error(str(error))
+    try:
+        args.device = pick_device(args.device)
+    except ValueError as error:
+        parser.error(f"argument --device: {error}")
     return parser, args
 
 
 def main(argv: list[str] | None = None) -> int:
     parser, args = parse_args(argv)
+    keep_freed_memory()
     try:
         model, info = load_model(args.checkpoint, args.device)
         if model.config.in_channels != 1 or model.config.learn_sigma:

@@ -14,7 +14,7 @@ from checkpoint import CheckpointError, check_weights, check_writable, load_chec
 from config import TrainConfig
 from dit import DiT
 
-MAY_CHANGE = {"epochs", "checkpoint", "checkpoint_every", "data_dir", "device", "compile"}  # fields of the recipe, at --resume
+MAY_CHANGE = {"epochs", "checkpoint", "checkpoint_every", "data_dir", "device", "compile"}  # in the recipe, at --resume
 STATE = {"recipe": dict, "weights": dict, "ema": dict, "optimizers": list, "step": int, "curve": list, "seconds": float,
          "loss_sum": torch.Tensor, "shuffle": torch.Tensor, "random": torch.Tensor}  # entries of model.resume.pth
 

@@ -1,12 +1,17 @@
-"""What makes training fast and changes no result. Read the other files first: nothing here is needed to understand them."""
+"""What makes the scripts fast and changes no result. Nothing here is needed to understand the other files."""
 
+import copy
 import ctypes
+import math
 import sys
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dit import DiT
+
+LARGE_TABLES = 50_000_000  # values in all; 200 MB
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's <malloc.h>
 
 
@@ -24,19 +29,60 @@ def keep_freed_memory() -> None:
 
 
 class SigmoidGELU(nn.Module):
-    """GELU in its tanh form, x/2 (1 + tanh u), as x sigmoid(2u), which it equals: when compiled, twice as fast."""
+    """GELU in its tanh form, x/2 (1 + tanh u), as x sigmoid(2u), which it equals: half the time of torch's on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        two_u = 1.5957691216057308 * (x + 0.044715 * x**3)  # 2 sqrt(2/pi) (x + 0.044715 x^3)
-        return x * torch.sigmoid(two_u)
+        c = 2 * math.sqrt(2 / math.pi)
+        factor = torch.addcmul(x.new_tensor(c), x, x, value=0.044715 * c)  # 2u / x, with u = sqrt(2/pi) (x + 0.044715 x^3)
+        if torch.is_grad_enabled():
+            return (factor * x).sigmoid() * x
+        return factor.mul_(x).sigmoid_().mul_(x)
 
 
-def compiled(model: nn.Module, *batch: Tensor) -> nn.Module:
+class Row(nn.Module):
+    """rows[number]: a table in the place of the layer that computed it."""
+
+    def __init__(self, rows: Tensor):
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, number: Tensor) -> Tensor:
+        return self.rows[number]
+
+
+@torch.no_grad()
+def tabulated(model: DiT, times: Tensor, labels: Tensor) -> DiT:
+    """The network for sampling at `times` (S,) with `labels` and the null class: all conditioning is computed here, at once.
+
+    c = t_emb + y_emb depends on t and y alone. In the copy that is returned, c is the number of the pair (t, y), and each
+    adaLN_modulation is the table of its values for all pairs. `model` itself where these tables would be large.
+    """
+    classes = torch.cat([labels, labels.new_tensor([model.y_embedder.null_class])]).unique()
+    fast = copy.deepcopy(model).requires_grad_(False)
+    layers = (*fast.blocks, fast.final_layer)
+    values = len(times) * len(classes) * sum(layer.adaLN_modulation[1].out_features for layer in layers)
+    if values > LARGE_TABLES:
+        return model
+    times = times.to(labels.device)
+    c = (model.t_embedder(times)[:, None] + model.y_embedder(classes)).flatten(0, 1)  # (pairs, D)
+    for layer in layers:
+        layer.adaLN_modulation = Row(layer.adaLN_modulation(c))
+    t_number, y_number = labels.new_zeros(int(times.max()) + 1), labels.new_zeros(int(classes.max()) + 1)
+    t_number[times] = torch.arange(len(times), device=labels.device) * len(classes)
+    y_number[classes] = torch.arange(len(classes), device=labels.device)
+    fast.t_embedder, fast.y_embedder = Row(t_number), Row(y_number)
+    for block in fast.blocks:
+        block.mlp.act = SigmoidGELU()
+    return fast
+
+
+def compiled(model: DiT, *batch: Tensor) -> nn.Module:
     """torch.compile(model), tried on one batch; `model` itself, and one line that says why, where that does not work."""
     activations = [block.mlp.act for block in model.blocks]
     for block in model.blocks:
         block.mlp.act = SigmoidGELU()
-    network = torch.compile(model, dynamic=False)
+    # On a GPU, CUDA graphs: the kernels of so small a network take less time than Python needs to start them.
+    network = torch.compile(model, dynamic=False, mode="reduce-overhead" if batch[0].is_cuda else "default")
     try:
         out = network(*batch)
         if out.requires_grad:

@@ -7,7 +7,6 @@
     python train.py --help                            every setting
 """
 
-import argparse
 import copy
 import math
 import os
@@ -16,8 +15,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from itertools import islice
+
+from arguments import chosen, train_parser
+
+if __name__ == "__main__":
+    train_parser().parse_args()  # here already, so that --help does not wait for torch
 
 import torch
 from torch import Tensor, nn
@@ -246,23 +249,8 @@ def stop_signals() -> Iterator[list[int]]:
         restore()
 
 
-def add_options(parser: argparse._ArgumentGroup, config_class: type) -> None:
-    for f in fields(config_class):
-        if "help" in f.metadata:
-            typed = {} if "action" in f.metadata else {"type": type(f.default)}
-            parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **typed, **f.metadata)
-
-
-def chosen(args: argparse.Namespace, config_class: type) -> dict:
-    return {f.name: getattr(args, f.name) for f in fields(config_class) if "help" in f.metadata}
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train a Diffusion Transformer on MNIST.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--resume", action="store_true", help="go on with the run that left model.resume.pth")
-    add_options(parser.add_argument_group("recipe"), TrainConfig)
-    add_options(parser.add_argument_group("network"), ModelConfig)
+    parser = train_parser()
     args = parser.parse_args(argv)
     try:
         cfg = TrainConfig(model=ModelConfig(**chosen(args, ModelConfig)), **chosen(args, TrainConfig))

@@ -3,12 +3,13 @@
 import contextlib
 import io
 import math
+import os
 from dataclasses import fields
 from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -140,3 +141,10 @@ def test_the_picture_does_not_replace_the_weights(tmp_path, tiny_checkpoint):
 def test_the_scripts_are_all_here():
     scripts = {path.stem for path in ROOT.glob("*.py") if "__main__" in path.read_text()}
     assert scripts == {"train", "inference", "evaluate"}
+
+
+@pytest.mark.parametrize("script", ["train.py", "inference.py", "evaluate.py"])
+def test_help_does_not_wait_for_torch(script, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
+    ended = run_script(script, "--help", cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert ended.returncode == 0 and "usage:" in ended.stdout, ended
