@@ -104,6 +104,32 @@ def test_loss_is_the_mean_distance_of_eps(kind):
     assert torch.equal(asked["t"], TIMES) and torch.equal(asked["y"], y)
 
 
+@pytest.mark.parametrize("kind", ["l1", "mse"])
+def test_min_snr_weights(kind):
+    """Hang et al. 2023, section 3.4: min(SNR, gamma) / SNR for a network that predicts eps."""
+    x_0, eps, y = images(seed=1), images(seed=2), torch.arange(6)
+
+    def loss(min_snr, part=slice(None)):
+        batch = (values[part] for values in (x_0, y, TIMES, eps))
+        return D.loss(lambda x_t, t, y: torch.zeros_like(x_t), *batch, kind, min_snr).item()
+
+    snr = D.alpha_bar[TIMES] / (1 - D.alpha_bar[TIMES])
+    assert snr.max() > 5 > snr.min()
+    each = [loss(0, slice(i, i + 1)) for i in range(6)]
+    assert loss(5) == pytest.approx(sum(min(s, 5) / s * one for s, one in zip(snr.tolist(), each, strict=True)) / 6)
+    assert loss(1e9) == pytest.approx(loss(0))
+
+
+@pytest.mark.parametrize("t", [0, 1, 500, 999])
+def test_one_time_for_all_images_is_as_good_as_a_time_for_each(t):
+    x_0, x_t, eps, z = (images(seed=seed) for seed in range(4))
+    times = torch.full((len(x_0),), t)
+    for call in (lambda t: D.q_sample(x_0, t, eps), lambda t: D.predict_x_0(x_t, t, eps),
+                 lambda t: D.predict_eps(x_t, t, x_0), lambda t: D.q_posterior(x_0, x_t, t)[0],
+                 lambda t: D.ddpm_step(x_t, t, eps, z), lambda t: D.ddim_step(x_t, t, eps, z, eta=0.5)):
+        assert torch.allclose(call(t), call(times), rtol=1e-5, atol=1e-6)
+
+
 def test_every_t_is_drawn_with_standard_normal_noise():
     x_0 = torch.zeros(20_000, 1, 2, 2)
     t, eps = D.draw_t_and_eps(x_0, torch.Generator().manual_seed(0))

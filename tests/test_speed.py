@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ import speed
 import train
 from config import ModelConfig
 from dit import DiT
-from speed import SigmoidGELU, compiled
+from inference import generate
+from speed import SigmoidGELU, compiled, tabulated
 
 
 def gradients(network, model, x, t, y):
@@ -29,6 +31,7 @@ def batch():
     return torch.randn(6, 2, 12, 12), torch.tensor([0, 3, 50, 400, 998, 999]), torch.tensor([0, 1, 2, 3, 4, 5])
 
 
+@pytest.mark.slow
 def test_compiled_network_and_its_gradients_are_the_same(open_network, batch):
     plain = gradients(open_network, open_network, *batch)
     network = compiled(open_network, *batch)
@@ -39,7 +42,7 @@ def test_compiled_network_and_its_gradients_are_the_same(open_network, batch):
 
 
 def test_compiling_leaves_the_random_stream_and_the_gradients_alone(open_network, batch, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
     before = torch.get_rng_state()
     network = compiled(open_network, *batch)
     assert torch.equal(torch.get_rng_state(), before)
@@ -47,7 +50,7 @@ def test_compiling_leaves_the_random_stream_and_the_gradients_alone(open_network
 
 
 def test_without_a_compiler_the_plain_network_goes_on(open_network, batch, monkeypatch, capfd):
-    def broken(model, dynamic):
+    def broken(model, **settings):
         def call(*batch):
             raise RuntimeError("no g++ here\nmore words")
         return call
@@ -70,6 +73,7 @@ def test_training_on_a_machine_without_a_compiler(tmp_path):
     assert (tmp_path / "model.pth").exists()
 
 
+@pytest.mark.slow
 def test_training_compiled_ends_where_plain_training_does(tmp_path, train_tiny):
     curves = []
     for option in ("--no-compile", "--compile"):
@@ -86,6 +90,8 @@ def test_sigmoid_gelu_is_the_gelu_of_the_network():
     ours, theirs = SigmoidGELU()(x), DiT(ModelConfig(depth=1)).blocks[0].mlp.act(x)
     assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
     assert torch.allclose(*(torch.autograd.grad(out.sum(), x)[0] for out in (ours, theirs)), rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        assert torch.allclose(SigmoidGELU()(x), theirs, rtol=1e-12, atol=1e-12)
 
 
 PAGES = """
@@ -123,3 +129,35 @@ def test_first_line():
     assert speed.first_line(RuntimeError("\n one\ntwo")) == "one"
     assert speed.first_line(RuntimeError()) == "RuntimeError"
     assert train.compiled is compiled
+
+
+def test_tabulated_network_is_the_network(open_network):
+    times, labels = torch.tensor([7, 0, 999, 40]), torch.tensor([3, 1, 3])
+    fast = tabulated(open_network, times, labels)
+    x_t = torch.randn(5, 2, 12, 12)
+    y = torch.tensor([3, 1, open_network.y_embedder.null_class, 3, 1])
+    with torch.no_grad():
+        for t in times:
+            expected = open_network(x_t, t.expand(5), y)
+            assert torch.allclose(fast(x_t, t.expand(5), y), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    assert isinstance(open_network.blocks[0].mlp.act, nn.GELU), "the network itself is as it was"
+
+
+def test_tables_that_would_be_large_are_not_made(open_network, monkeypatch):
+    monkeypatch.setattr(speed, "LARGE_TABLES", 100)
+    assert tabulated(open_network, torch.arange(1000), torch.arange(3)) is open_network
+
+
+@pytest.mark.parametrize(("guidance", "compile"), [(0, False), (1, False), (3, False),
+                                                   pytest.param(3, True, marks=pytest.mark.slow)])
+def test_sampling_is_the_same_with_and_without_the_tricks(guidance, compile, monkeypatch):
+    torch.manual_seed(0)
+    model = DiT(ModelConfig(hidden_size=16, depth=1, num_heads=2)).eval()
+    nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    nn.init.normal_(model.blocks[0].adaLN_modulation[1].weight, std=0.5)
+    draw = partial(generate, model, torch.tensor([3, 1, 4]), steps=10, guidance=guidance, seed=1)
+    fast = draw(compile=compile)
+    monkeypatch.setattr("inference.tabulated", lambda model, times, labels: model)
+    plain = draw()
+    assert torch.allclose(fast, plain, atol=1e-4)
+    assert plain.std() > 0.1
