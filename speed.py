@@ -12,6 +12,7 @@ from tqdm import tqdm
 from dit import DiT
 
 LARGE_TABLES = 50_000_000  # values in all; 200 MB
+SMALLEST_PIECE, LARGEST_PIECE = 25, 100  # images; found by benchmarks/training.py with --batch-size
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's <malloc.h>
 
 
@@ -95,6 +96,15 @@ def compiled(model: DiT, *batch: Tensor) -> nn.Module:
         return model
     finally:
         model.zero_grad()
+
+
+def pieces(*batch: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors of a batch, cut into equal parts that a CPU's cache holds; whole on a GPU, or where no even cut is at hand."""
+    N = len(batch[0])
+    size = next(size for size in range(min(N, LARGEST_PIECE), 0, -1) if N % size == 0)
+    if batch[0].device.type != "cpu" or size < SMALLEST_PIECE:
+        size = N
+    return list(zip(*(values.split(size) for values in batch), strict=True))
 
 
 def first_line(error: Exception) -> str:

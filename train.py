@@ -33,7 +33,7 @@ from diffusion import GaussianDiffusion
 from distributed import Ranks, joined_ranks
 from dit import DiT
 from run_files import RunFiles
-from speed import compiled, keep_freed_memory
+from speed import compiled, keep_freed_memory, pieces
 
 HELD_OUT_BATCH = 250  # test images at a time
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as CUDA, the CPU and Windows say it
@@ -73,6 +73,23 @@ def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> Non
     """ema <- d ema + (1 - d) model for the parameters, after `step` steps. The ramp of d forgets the first weights."""
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+
+
+def add_gradients(network: nn.Module, diffusion: GaussianDiffusion, batch: list[Tensor], cfg: TrainConfig) -> Tensor:
+    """The loss of a batch (x_0, y, t, eps), after its gradients have been added to the parameters'."""
+    total = torch.zeros((), device=batch[0].device)
+    parts = pieces(*batch)
+    for part in parts:
+        with precision(cfg, total.device):
+            loss = diffusion.loss(network, *part, cfg.loss, cfg.min_snr) / len(parts)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def precision(cfg: TrainConfig, device: torch.device) -> torch.autocast:
+    """A context in which the network's matrix products are taken in the precision of the recipe."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16")
 
 
 @torch.no_grad()
@@ -160,12 +177,11 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
             tqdm.write(f"resumed at step {run.step} of {total_steps}")
     elif ranks.leads:
         files.start_anew()
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16")
     network, averaged = run.model, run.ema
     if cfg.compile:
         x_0, y = train_set[:cfg.batch_size // ranks.size]
-        with precision:
-            network = compiled(network, x_0, torch.zeros_like(y), y)
+        with precision(cfg, device):
+            network = compiled(network, *pieces(x_0, torch.zeros_like(y), y)[0])
         x_0, y = test_set[:HELD_OUT_BATCH]
         with torch.no_grad():
             averaged = compiled(averaged, x_0, torch.zeros_like(y), y)
@@ -183,9 +199,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
                 x_0, y = train_set[index]
                 t, eps = diffusion.draw_t_and_eps(x_0)
                 y = run.model.y_embedder.drop(y)
-                with precision:
-                    loss = diffusion.loss(network, *ranks.share(x_0, y, t, eps), cfg.loss, cfg.min_snr)
-                loss.backward()
+                loss = add_gradients(network, diffusion, ranks.share(x_0, y, t, eps), cfg)
                 for optimizer in run.optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(run.step, total_steps, cfg)
@@ -193,7 +207,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
                     optimizer.zero_grad()
                 run.step += 1
                 update_ema(run.ema, run.model, run.step, cfg.ema_decay)
-                run.loss_sum += ranks.mean(loss.detach())
+                run.loss_sum += ranks.mean(loss)
                 done += 1
 
                 if bar.update(cfg.batch_size):

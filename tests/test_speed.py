@@ -12,10 +12,11 @@ from torch import nn
 
 import speed
 import train
-from config import ModelConfig
+from config import ModelConfig, TrainConfig
+from diffusion import GaussianDiffusion
 from dit import DiT
 from inference import generate
-from speed import SigmoidGELU, compiled, tabulated
+from speed import SigmoidGELU, compiled, pieces, tabulated
 
 
 def gradients(network, model, x, t, y):
@@ -161,3 +162,32 @@ def test_sampling_is_the_same_with_and_without_the_tricks(guidance, compile, mon
     plain = draw()
     assert torch.allclose(fast, plain, atol=1e-4)
     assert plain.std() > 0.1
+
+
+@pytest.mark.parametrize(("N", "sizes"), [(300, [100] * 3), (256, [64] * 4), (64, [64]), (7, [7]), (101, [101]),
+                                            (202, [202])])
+def test_pieces_are_equal_parts_of_the_batch(N, sizes):
+    first, second = torch.arange(N), torch.arange(2 * N).reshape(N, 2)
+    parts = pieces(first, second)
+    assert [len(part[0]) for part in parts] == sizes
+    assert torch.equal(torch.cat([part[0] for part in parts]), first)
+    assert torch.equal(torch.cat([part[1] for part in parts]), second)
+
+
+@pytest.mark.parametrize("min_snr", [0.0, 1.0])
+def test_gradients_of_the_pieces_are_those_of_the_batch(min_snr, monkeypatch):
+    torch.manual_seed(0)
+    model, diffusion = DiT(ModelConfig(hidden_size=16, depth=1, num_heads=2)), GaussianDiffusion(1000)
+    nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    cfg = TrainConfig(min_snr=min_snr, loss="mse")
+    x_0, y = torch.rand(200, 1, 28, 28) * 2 - 1, torch.arange(200) % 11
+    batch = [x_0, y, *diffusion.draw_t_and_eps(x_0)]
+    found = []
+    for largest in (100, 1000):
+        monkeypatch.setattr(speed, "LARGEST_PIECE", largest)
+        model.zero_grad()
+        loss = train.add_gradients(model, diffusion, batch, cfg)
+        found.append([loss, *(p.grad.clone() for p in model.parameters())])
+    assert found[0][0].item() == pytest.approx(diffusion.loss(model, *batch, "mse", min_snr).item(), rel=1e-5)
+    for of_pieces, of_batch in zip(*found, strict=True):
+        assert torch.allclose(of_pieces, of_batch, rtol=1e-4, atol=1e-6 * of_batch.abs().max().item() + 1e-9)

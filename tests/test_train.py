@@ -358,7 +358,7 @@ def test_help_shows_every_field_of_the_recipe_with_its_default(call):
     status, out, _ = call(train.main, "--help")
     assert status == 0
     options = {match[1]: " ".join(match[0].split())
-               for match in re.finditer(r"--([a-z-]+) .*?\(default:\s.*?\)", out, flags=re.DOTALL)}
+               for match in re.finditer(r"--([a-z-]+)[ ,].*?\(default:\s.*?\)", out, flags=re.DOTALL)}
     fixed = {"model", "image_size", "in_channels", "num_classes", "learn_sigma"}  # MNIST's, and not yet trainable
     for config_class in (TrainConfig, ModelConfig):
         for field in fields(config_class):

@@ -1,0 +1,59 @@
+"""What the benchmarks share: the arithmetic of a call, the rate of a large matrix product, and medians of many calls."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+WARM_UP = 5
+
+
+def arithmetic(call: Callable[[], object]) -> int:
+    """Floating point operations of the matrix products of a call: 2 for a multiplication and an addition."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def seconds(device: torch.device, call: Callable[[], object], repeats: int = 1) -> float:
+    """The time of one of `repeats` calls in a row."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / repeats
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def medians(device: torch.device, calls: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, float], float]:
+    """The median time of each call, and the rate of a large float32 matrix product in operations a second.
+
+    The calls and the product take turns, so that a machine that slows down slows all of them down.
+    """
+    side = 1024 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, side, side, device=device)
+    calls = {**calls, "product": lambda: a @ b}
+    for call in calls.values():
+        for _ in range(WARM_UP):
+            call()
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(seconds(device, call, repeats=10 if name == "product" else 1))
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    return middle, 2 * side**3 / middle.pop("product")
+
+
+def about(device: torch.device) -> str:
+    """What was measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {name}"
