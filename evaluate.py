@@ -24,6 +24,7 @@ from tqdm import tqdm
 from checkpoint import CheckpointError, check_writable, load_checkpoint, load_model, save_checkpoint, write_atomically
 from config import MNIST_IMAGES, pick_device
 from dataset import DataError, Digits, load_mnist
+from dit import DiT
 from inference import generate, show_canvas, tile
 from speed import keep_freed_memory
 
@@ -179,18 +180,15 @@ def draw_neighbours(path: Path, images: Tensor, labels: Tensor, training: Tensor
     figure.savefig(path)
 
 
-def draw_images(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """n images of the checkpoint, as many of each digit as of any other, and their labels."""
-    model, _ = load_model(args.checkpoint, args.device)
-    labels = torch.arange(args.n) % model.config.num_classes
+def draw_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Tensor]:
+    """n images, as many of each digit as of any other, and their labels. settings: those of `generate`."""
+    labels = torch.arange(n) % model.config.num_classes
     images = []
-    with tqdm(total=args.n, desc="drawing", unit="img", mininterval=0.5) as bar:
+    with tqdm(total=n, desc="drawing", unit="img", mininterval=0.5) as bar:
         for number, part in enumerate(labels.split(BATCH_SIZE)):
-            images.append(generate(model, part, sampler=args.sampler, steps=args.steps, eta=args.eta,
-                                   guidance=args.guidance, seed=(args.seed * 10_000 + number) % 2**63,
-                                   compile=args.n * args.steps >= WORTH_COMPILING))
+            images.append(generate(model, part, seed=(seed * 10_000 + number) % 2**63, **settings))
             bar.update(len(part))
-    return torch.cat(images).clamp(-1, 1), labels.to(args.device)
+    return torch.cat(images).clamp(-1, 1), labels.to(images[0].device)
 
 
 def load_images(path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -232,7 +230,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> None:
     train_set, test_set = (load_mnist(train, args.data_dir, args.device) for train in (True, False))
     judge = trained_recogniser(Path(args.data_dir) / "recogniser.pth", train_set, test_set)
-    images, labels = load_images(args.images, args.device) if args.images else draw_images(args)
+    if args.images:
+        images, labels = load_images(args.images, args.device)
+    else:
+        model, _ = load_model(args.checkpoint, args.device)
+        images, labels = draw_images(model, args.n, args.seed, sampler=args.sampler, steps=args.steps, eta=args.eta,
+                                     guidance=args.guidance, compile=args.n * args.steps >= WORTH_COMPILING)
     if args.save_images:
         save_checkpoint(args.save_images, {"images": images.cpu(), "labels": labels.cpu()})
     results = evaluate(images, labels, judge, train_set, test_set)

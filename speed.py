@@ -46,6 +46,7 @@ class Row(nn.Module):
     def __init__(self, rows: Tensor):
         super().__init__()
         self.rows = rows
+        torch._dynamo.mark_dynamic(rows, 0)  # so that a table of another length needs no other compilation
 
     def forward(self, number: Tensor) -> Tensor:
         return self.rows[number]
