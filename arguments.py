@@ -7,7 +7,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from config import GUIDANCE, STEPS, ModelConfig, T, TrainConfig
+from config import GUIDANCE, MNIST_TEST_IMAGES, STEPS, ModelConfig, T, TrainConfig
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -45,6 +45,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add("--n", type=positive_int, default=10_000, help="images to draw (default: 10000)")
     add_sampling_options(parser)
     add("--data-dir", default="mnist", help="folder that holds MNIST/raw/; the recogniser is kept there (default: mnist)")
+    add("--bpd", type=positive_int, nargs="?", const=MNIST_TEST_IMAGES, default=0, metavar="N",
+        help="measure the variational bound of N test images too, of all unless told, in bits a dimension")
     add("--json", type=Path, metavar="FILE", help="write the figures there too")
     add("--neighbours", type=Path, metavar="FILE", help="draw some digits beside their nearest training images")
     add("--save-images", type=Path, metavar="FILE", help="keep the drawn images and their labels")

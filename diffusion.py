@@ -1,10 +1,14 @@
-"""The diffusion: forward process, loss and reverse process (DDPM, Ho et al. 2020; DDIM, Song et al. 2020).
+"""The diffusion: forward process, loss and reverse process.
 
-Time is counted from 0 in the code: t = 0, ..., T-1 here is t = 1, ..., T in the papers. A model is any callable
-eps_hat = model(x_t, t, y) with x_t: (N, C, H, W), t: (N,) ints in [0, T), y: (N,) class labels. The formulas take a t for
-each image, or one for all of them as a plain int, which spares a sampler the look-up.
+DDPM is Ho et al. 2020; DDIM, Song et al. 2020; iDDPM, Nichol & Dhariwal 2021. Time is counted from 0 in the code:
+t = 0, ..., T-1 here is t = 1, ..., T in the papers. The formulas take a t for each image, or one for all of them as a plain
+int, which spares a sampler the look-up.
+
+A model is any callable out = model(x_t, t, y) with x_t: (N, C, H, W), t: (N,) ints in [0, T), y: (N,) class labels. `out` is
+eps_hat, (N, C, H, W); or, of a network that predicts the variance too, eps_hat and v in twice the channels.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -13,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from config import T
+from vlb import bound_term
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 Time = Tensor | int  # (N,) ints in [0, T), or one for all images
@@ -57,6 +62,9 @@ class GaussianDiffusion:
         self.alpha_bar = torch.cumprod(self.alpha, dim=0)
         self.alpha_bar_prev = _shifted(self.alpha_bar)
         self.beta_tilde = beta * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)  # DDPM eq. 7
+        # beta_tilde is 0 at t = 0; for its logarithm the next value stands in there, as in the papers' code.
+        stand_in = self.beta_tilde[1] if len(beta) > 1 else beta[0]
+        self.log_beta_tilde = torch.where(self.beta_tilde > 0, self.beta_tilde, stand_in).log()
 
     def __len__(self) -> int:
         return len(self.beta)
@@ -92,6 +100,28 @@ class GaussianDiffusion:
         mean = _at(x_0_weight, t, x_t) * x_0 + _at(x_t_weight, t, x_t) * x_t
         return mean, _at(self.beta_tilde, t, x_t)
 
+    # What the network says of x_t-1
+
+    def log_variance(self, x_t: Tensor, t: Time, v: Tensor | None = None) -> Tensor | float:
+        """log Sigma(x_t, t): log beta_tilde, or with v in [-1, 1] between it and log beta (iDDPM eq. 15)."""
+        low = _at(self.log_beta_tilde, t, x_t)
+        if v is None:
+            return low
+        share = (v + 1) / 2
+        return share * _at(self.beta.log(), t, x_t) + (1 - share) * low
+
+    def p_mean_log_variance(self, x_t: Tensor, t: Time, out: Tensor, clip: bool) -> tuple[Tensor, Tensor | float]:
+        """Mean and log variance of p(x_t-1 | x_t). out: eps_hat, (N, C, H, W), or eps_hat and v, (N, 2C, H, W).
+
+        The mean is eq. 6 at the predicted x_0, which equals eq. 11 but lets x_0 be clipped to the range of images. x_t has
+        no such range: clipping it would cut off the tails of the noise.
+        """
+        eps_hat, v = split(out, x_t)
+        x_0_hat = self.predict_x_0(x_t, t, eps_hat)
+        if clip:
+            x_0_hat = x_0_hat.clamp(-1, 1)
+        return self.q_posterior(x_0_hat, x_t, t)[0], self.log_variance(x_t, t, v)
+
     # Training
 
     def draw_t_and_eps(self, x_0: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -108,31 +138,33 @@ class GaussianDiffusion:
         does not outweigh the shape that is settled before them.
         """
         distance = {"l1": F.l1_loss, "mse": F.mse_loss}[kind]
-        each = distance(model(self.q_sample(x_0, t, eps), t, y), eps, reduction="none")
+        x_t = self.q_sample(x_0, t, eps)
+        out = model(x_t, t, y)
+        eps_hat, v = split(out, x_t)
+        each = distance(eps_hat, eps, reduction="none")
         if min_snr:
             snr = self.alpha_bar / (1 - self.alpha_bar)
             each = _at(snr.clamp(max=min_snr) / snr, t, x_0) * each
-        return each.mean()
+        if v is None:
+            return each.mean()
+        # L_simple + 0.001 L_vlb (iDDPM eq. 16): one term of the T in L_vlb, so T times 0.001; the mean is left to L_simple
+        term = bound_term(self, torch.cat([eps_hat.detach(), v], dim=1), x_0, x_t, t, clip=False)
+        return each.mean() + 0.001 * len(self) * term.mean()
 
     # Reverse process
 
-    def ddpm_step(self, x_t: Tensor, t: Time, eps_hat: Tensor, z: Tensor, clip: bool = True) -> Tensor:
-        """x_t-1 ~ N(mu(x_t, t), beta_tilde_t I) from x_t (DDPM Algorithm 2, line 4); z ~ N(0, I), not used at t = 0.
+    def ddpm_step(self, x_t: Tensor, t: Time, out: Tensor, z: Tensor, clip: bool = True) -> Tensor:
+        """x_t-1 ~ p(x_t-1 | x_t) (DDPM Algorithm 2, line 4). out: the network's; z ~ N(0, I), not used at t = 0."""
+        mean, log_variance = self.p_mean_log_variance(x_t, t, out, clip)
+        noisy = _at((self.alpha_bar_prev < 1).double(), t, x_t)  # 0 for the step to x_0, else 1
+        return mean + noisy * math.e ** (log_variance / 2) * z
 
-        mu is written as eq. 6 at the predicted x_0, which equals eq. 11 but lets x_0 be clipped to the range of images.
-        x_t itself has no such range: clipping it would cut off the tails of the noise.
+    def ddim_step(self, x_t: Tensor, t: Time, out: Tensor, z: Tensor, clip: bool = True, eta: float = 0.0) -> Tensor:
+        """x_t-1 from x_t (DDIM eq. 12, whose alpha is DDPM's alpha_bar); z ~ N(0, I). out: as in `ddpm_step`.
+
+        eta = 0 is deterministic, eta = 1 has DDPM's variance beta_tilde. A predicted variance is not used.
         """
-        x_0_hat = self.predict_x_0(x_t, t, eps_hat)
-        if clip:
-            x_0_hat = x_0_hat.clamp(-1, 1)
-        mean, variance = self.q_posterior(x_0_hat, x_t, t)  # the variance is 0 at t = 0
-        return mean + variance**0.5 * z
-
-    def ddim_step(self, x_t: Tensor, t: Time, eps_hat: Tensor, z: Tensor, clip: bool = True, eta: float = 0.0) -> Tensor:
-        """x_t-1 from x_t (DDIM eq. 12, whose alpha is DDPM's alpha_bar); z ~ N(0, I).
-
-        eta = 0 is deterministic, eta = 1 has DDPM's variance.
-        """
+        eps_hat, _ = split(out, x_t)
         x_0_hat = self.predict_x_0(x_t, t, eps_hat)
         if clip:
             x_0_hat = x_0_hat.clamp(-1, 1)
@@ -170,12 +202,18 @@ class GaussianDiffusion:
             time = int(self.timesteps[i])
             if on_step:
                 on_step(time + 1, x_t)
-            eps_hat = model(x_t, torch.full_like(y, time), y)
+            out = model(x_t, torch.full_like(y, time), y)
             z = torch.randn(shape, generator=generator, device=y.device, dtype=x_t.dtype)
-            x_t = step(x_t, i, eps_hat, z, **step_settings)
+            x_t = step(x_t, i, out, z, **step_settings)
         if on_step:
             on_step(0, x_t)
         return x_t
+
+
+def split(out: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+    """eps_hat and, if the network predicts the variance too, v. x_t: (N, C, H, W); out: (N, C, H, W) or (N, 2C, H, W)."""
+    C = x_t.shape[1]
+    return out[:, :C], out[:, C:] if out.shape[1] == 2 * C else None
 
 
 def _shifted(alpha_bar: Tensor) -> Tensor:

@@ -22,11 +22,13 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, check_writable, load_checkpoint, load_model, save_checkpoint, write_atomically
-from config import MNIST_IMAGES, pick_device
+from config import MNIST_IMAGES, MNIST_TEST_IMAGES, T, pick_device
 from dataset import DataError, Digits, load_mnist
+from diffusion import GaussianDiffusion
 from dit import DiT
 from inference import generate, show_canvas, tile
-from speed import keep_freed_memory
+from speed import compiled, keep_freed_memory, tabulated
+from vlb import bits_per_dimension
 
 EPOCHS, BATCH_SIZE = 8, 125  # of the recogniser; and images drawn at a time
 WORTH_COMPILING = 100_000  # evaluations of the network
@@ -191,6 +193,22 @@ def draw_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Tens
     return torch.cat(images).clamp(-1, 1), labels.to(images[0].device)
 
 
+@torch.no_grad()
+def bound(model: DiT, digits: Digits, seed: int) -> float:
+    """The variational bound of real images under the model, a mean over `digits` in bits a dimension."""
+    diffusion, device = GaussianDiffusion(T), digits.images.device
+    network = tabulated(model, diffusion.timesteps, torch.arange(model.config.num_classes, device=device))
+    size = min(BATCH_SIZE, len(digits))
+    if len(digits) * T >= WORTH_COMPILING:
+        x_0, y = digits[:size]
+        network = compiled(network, x_0, torch.zeros_like(y), y)
+    generator, total = torch.Generator(device).manual_seed(seed), 0.0
+    for start in tqdm(range(0, len(digits), size), desc="bound", unit="batch"):
+        x_0, y = digits[start:start + size]
+        total += bits_per_dimension(diffusion, network, x_0, y, generator).sum().item()
+    return total / len(digits)
+
+
 def load_images(path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
     """What --save-images wrote. CheckpointError if it is something else."""
     content = load_checkpoint(path, {"images": Tensor, "labels": Tensor})
@@ -204,7 +222,7 @@ def load_images(path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
 def print_table(results: dict[str, dict]) -> None:
     print(f"{'':18}{'drawn':>10}{'real':>10}")
     for name, row in results.items():
-        print(f"{name:18}{row['drawn']:10.4f}{row['real']:10.4f}")
+        print(f"{name:18}" + "".join(f"{row[kind]:10.4f}" if kind in row else f"{'':10}" for kind in ("drawn", "real")))
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -213,6 +231,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     check_sampling_options(parser, args)
     if not 100 <= args.n <= MNIST_IMAGES:
         parser.error(f"argument --n: must lie in [100, {MNIST_IMAGES}], not {args.n}")
+    if not 0 <= args.bpd <= MNIST_TEST_IMAGES:
+        parser.error(f"argument --bpd: must lie in [1, {MNIST_TEST_IMAGES}], not {args.bpd}")
     for path in filter(None, (args.json, args.neighbours, args.save_images)):
         try:
             check_writable(path)
@@ -230,15 +250,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> None:
     train_set, test_set = (load_mnist(train, args.data_dir, args.device) for train in (True, False))
     judge = trained_recogniser(Path(args.data_dir) / "recogniser.pth", train_set, test_set)
+    model = load_model(args.checkpoint, args.device)[0] if args.bpd or not args.images else None
     if args.images:
         images, labels = load_images(args.images, args.device)
     else:
-        model, _ = load_model(args.checkpoint, args.device)
         images, labels = draw_images(model, args.n, args.seed, sampler=args.sampler, steps=args.steps, eta=args.eta,
                                      guidance=args.guidance, compile=args.n * args.steps >= WORTH_COMPILING)
     if args.save_images:
         save_checkpoint(args.save_images, {"images": images.cpu(), "labels": labels.cpu()})
     results = evaluate(images, labels, judge, train_set, test_set)
+    if args.bpd:
+        some = Digits(test_set.images[:args.bpd], test_set.labels[:args.bpd])
+        results["bits a dimension"] = {"real": bound(model, some, args.seed)}
     print_table(results)
     if args.json:
         text = json.dumps(results, indent=1)

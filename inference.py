@@ -50,8 +50,6 @@ def generate(model: DiT, labels: Tensor, *, sampler: str = "ddpm", steps: int | 
         raise ValueError(f"sampler must be one of {', '.join(STEPS)}, not {sampler!r}")
     if eta and sampler != "ddim":
         raise ValueError("eta goes with the sampler ddim")
-    if config.learn_sigma:
-        raise ValueError("the samplers use a fixed variance, and this network predicts one")
     steps, labels = STEPS[sampler] if steps is None else steps, labels.to(device)
     diffusion = GaussianDiffusion(T)
     sample = diffusion.ddpm_sample if sampler == "ddpm" else partial(diffusion.ddim_sample, eta=eta)
@@ -157,8 +155,8 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     try:
         model, info = load_model(args.checkpoint, args.device)
-        if model.config.in_channels != 1 or model.config.learn_sigma:
-            raise CheckpointError(f"{args.checkpoint} is of a network for other images than MNIST's, or predicts a variance")
+        if model.config.in_channels != 1:
+            raise CheckpointError(f"{args.checkpoint} is of a network for other images than MNIST's")
         for digit in args.digits:
             if not 0 <= digit < model.config.num_classes:
                 parser.error(f"argument --digits: must lie in [0, {model.config.num_classes}), not {digit}")

@@ -9,9 +9,12 @@ from conftest import ROOT, content
 from torch.nn import functional as F
 
 import evaluate
-from checkpoint import save_checkpoint
-from dataset import load_mnist
+from checkpoint import load_model, save_checkpoint
+from config import T
+from dataset import Digits, load_mnist
+from diffusion import GaussianDiffusion
 from evaluate import Recogniser, copied_share, frechet_distance, nearest_two, shaken, spread, trained_recogniser
+from vlb import bits_per_dimension
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +142,14 @@ def quick(monkeypatch, judge, data):
     """evaluate.py with a few of the images and the judge of these tests."""
     monkeypatch.setattr(evaluate, "load_mnist", lambda train, data_dir, device: data[0] if train else data[1])
     monkeypatch.setattr(evaluate, "trained_recogniser", lambda file, train_set, test_set: judge)
+
+
+def test_bound_is_the_mean_of_the_images(data, tiny_checkpoint):
+    model, _ = load_model(tiny_checkpoint)
+    some = Digits(data[1].images[:4], data[1].labels[:4])
+    expected = bits_per_dimension(GaussianDiffusion(T), model, *some[:], torch.Generator().manual_seed(7)).mean().item()
+    assert evaluate.bound(model, some, seed=7) == pytest.approx(expected, rel=1e-4)
+    assert 1 < expected < 100
 
 
 @pytest.mark.slow

@@ -184,9 +184,8 @@ def test_bad_arguments(tmp_path, monkeypatch, refused, tiny_checkpoint, options,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("change", [{"in_channels": 3}, {"learn_sigma": True}], ids=str)
-def test_networks_that_do_not_draw_digits_are_refused(tmp_path, refused, change):
-    model = DiT(ModelConfig(**change))
+def test_networks_that_do_not_draw_digits_are_refused(tmp_path, refused):
+    model = DiT(ModelConfig(in_channels=3))
     save_checkpoint(tmp_path / "other.pth", {"model_config": asdict(model.config), "ema": model.state_dict(), "step": 1,
                                              "recipe": {}})
     refused(inference.main, 1, "is of a network for other images than MNIST's", "--checkpoint", tmp_path / "other.pth",

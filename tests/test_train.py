@@ -314,7 +314,6 @@ def test_ctrl_c_before_the_first_step(tmp_path, train_tiny, monkeypatch):
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"image_size": 32}, "28 x 28 pixels"), ({"in_channels": 3}, "1 channel"), ({"num_classes": 5}, "10 classes"),
-    ({"learn_sigma": True}, "learn_sigma has no loss yet"),
 ])
 def test_networks_that_mnist_does_not_train_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
@@ -359,7 +358,7 @@ def test_help_shows_every_field_of_the_recipe_with_its_default(call):
     assert status == 0
     options = {match[1]: " ".join(match[0].split())
                for match in re.finditer(r"--([a-z-]+)[ ,].*?\(default:\s.*?\)", out, flags=re.DOTALL)}
-    fixed = {"model", "image_size", "in_channels", "num_classes", "learn_sigma"}  # MNIST's, and not yet trainable
+    fixed = {"model", "image_size", "in_channels", "num_classes"}  # MNIST's
     for config_class in (TrainConfig, ModelConfig):
         for field in fields(config_class):
             if field.name not in fixed:
