@@ -7,7 +7,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from config import GUIDANCE, MNIST_TEST_IMAGES, STEPS, ModelConfig, T, TrainConfig
+from config import GUIDANCE, MNIST_TEST_IMAGES, PAPER, STEPS, ModelConfig, T, TrainConfig
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -20,7 +20,17 @@ def train_parser() -> argparse.ArgumentParser:
             if "help" in f.metadata:
                 typed = {} if "action" in f.metadata else {"type": type(f.default)}
                 group.add_argument("--" + f.name.replace("_", "-"), default=f.default, **typed, **f.metadata)
+    group.add_argument("--model", choices=tuple(PAPER), metavar="NAME", default=argparse.SUPPRESS,
+                       help=f"take the options of this group from one of the paper's models: {', '.join(PAPER)}")
     return parser
+
+
+def parse_train_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """What the command line says; with --model, what it leaves open is the named model's."""
+    named = getattr(parser.parse_args(argv), "model", None)
+    if named:
+        parser.set_defaults(**{f.name: getattr(PAPER[named], f.name) for f in fields(ModelConfig) if "help" in f.metadata})
+    return parser.parse_args(argv)
 
 
 def chosen(args: argparse.Namespace, config_class: type) -> dict:

@@ -22,8 +22,8 @@ def option(default, help, **argparse_settings):
 class ModelConfig:
     """The shape of a `DiT`; it travels inside the checkpoint. ValueError for sizes that do not divide."""
 
-    image_size: int = 28
-    patch_size: int = option(4, "side of a square patch; must divide the image side, 28")
+    image_size: int = option(28, "side of the images: MNIST's 28, or more with a black border")
+    patch_size: int = option(4, "side of a square patch; must divide the side of the images")
     in_channels: int = 1
     hidden_size: int = option(64, "width of a token; a multiple of 4 and of the number of heads")
     depth: int = option(3, "number of blocks")
@@ -78,6 +78,8 @@ class TrainConfig:
     ema_decay: float = option(0.9999, "decay of the average of the weights that samples are drawn from")
     seed: int = option(0, "of the initial weights, the shuffle, t, the noise and the dropped labels")
     limit: int = option(0, "use the first LIMIT images of each split only; 0 for all")
+    dataset: str = option("mnist", "what to train on; Fashion-MNIST and KMNIST are downloaded at the first use",
+                          choices=("mnist", "fashion-mnist", "kmnist"))
     data_dir: str = option("mnist", "folder that holds MNIST/raw/ with the four archives")
     checkpoint: str = option("model.pth", "file for the weights; loss.csv and loss.png go beside it")
     checkpoint_every: int = option(1000, "steps between two writes of the checkpoint")
@@ -97,8 +99,9 @@ class TrainConfig:
         _require(0 <= self.min_snr < math.inf, f"min_snr must be 0 or positive and finite, not {self.min_snr}")
         _require(0 < self.lr < math.inf, f"lr must be positive and finite, not {self.lr}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), not {self.ema_decay}")
-        _require((self.model.image_size, self.model.in_channels, self.model.num_classes) == (28, 1, 10),
-                 "train.py trains on MNIST: 28 x 28 pixels, 1 channel, 10 classes")
+        _require(self.model.image_size >= 28 and self.model.image_size % 2 == 0,
+                 f"image_size must be even and at least 28, not {self.model.image_size}: all borders are the same")
+        _require((self.model.in_channels, self.model.num_classes) == (1, 10), "train.py trains on 1 channel and 10 classes")
 
 
 def pick_device(name: str = "auto", local_rank: int = 0):
@@ -136,3 +139,12 @@ def _require_types(config: object) -> None:
         _require(choices is None or value in choices, f"{f.name} must be one of {choices}, not {value!r}")
         _require(isinstance(value, f.type) or (f.type is float and isinstance(value, int)),
                  f"{f.name} must be of type {f.type.__name__}, not {value!r}")
+
+
+PAPER = {  # DiT Table 1, on latents of 32 x 32 x 4 and the 1000 classes of ImageNet; the name ends with the patch size
+    f"DiT-{size}/{patch}": ModelConfig(image_size=32, patch_size=patch, in_channels=4, hidden_size=width, depth=depth,
+                                       num_heads=heads, num_classes=1000, learn_sigma=True, label_init_std=0.02,
+                                       time_init_std=0.02)
+    for size, depth, width, heads in (("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16), ("XL", 28, 1152, 16))
+    for patch in (8, 4, 2)
+}

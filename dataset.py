@@ -4,10 +4,12 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 from torch import Tensor
-from torchvision.datasets import MNIST
+from torch.nn import functional as F
+from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 from torchvision.datasets.utils import check_integrity
 
 
@@ -36,20 +38,28 @@ class Digits:
             yield order[start:start + batch_size]
 
 
-def load_mnist(train: bool, data_dir: str | Path = "mnist", device: str | torch.device = "cpu", limit: int = 0) -> Digits:
-    """The 60,000 training or 10,000 test images, or the first `limit` of them. DataError if a file is missing or damaged.
+def load_mnist(train: bool, data_dir: str | Path = "mnist", device: str | torch.device = "cpu", limit: int = 0,
+               dataset: str = "mnist", image_size: int = 28) -> Digits:
+    """The 60,000 training or 10,000 test images, or the first `limit` of them, in the middle of image_size x image_size.
 
-    torchvision unpacks the four archives in data_dir/MNIST/raw/ at the first use, without a network.
+    dataset: "mnist", whose archives lie in data_dir/MNIST/raw/ and are unpacked there at the first use, without a network;
+    "fashion-mnist" or "kmnist", which torchvision downloads. DataError if a file is missing or damaged.
     """
-    raw = Path(data_dir) / "MNIST" / "raw"
-    for name, md5 in MNIST.resources:
-        _check(raw / name, md5)
+    kind = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}[dataset]
+    raw = Path(data_dir) / kind.__name__ / "raw"
+    for name, md5 in kind.resources:
+        if kind is MNIST or (raw / name).exists():
+            _check(raw / name, md5)
     try:
-        mnist = MNIST(data_dir, train=train, download=True)  # all archives are there: unpacks, downloads nothing
+        images = kind(data_dir, train=train, download=True)  # unpacks the archives that are there, downloads the others
+    except (RuntimeError, URLError) as error:
+        raise DataError(f"cannot download {kind.__name__} to {raw}: {error}") from error
     except OSError as error:
-        raise DataError(f"cannot unpack MNIST in {raw}: {error.strerror or error}; make that folder writable") from error
-    count = limit or len(mnist.data)
-    return Digits(mnist.data[:count, None].to(device), mnist.targets[:count].to(device))
+        raise DataError(f"cannot unpack {kind.__name__} in {raw}: {error.strerror or error}; make that folder writable"
+                        ) from error
+    count = limit or len(images.data)
+    pixels = F.pad(images.data[:count, None], [(image_size - 28) // 2] * 4)
+    return Digits(pixels.to(device), images.targets[:count].to(device))
 
 
 def _check(archive: Path, md5: str) -> None:

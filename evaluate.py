@@ -190,7 +190,8 @@ def draw_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Tens
         for number, part in enumerate(labels.split(BATCH_SIZE)):
             images.append(generate(model, part, seed=(seed * 10_000 + number) % 2**63, **settings))
             bar.update(len(part))
-    return torch.cat(images).clamp(-1, 1), labels.to(images[0].device)
+    border = (model.config.image_size - 28) // 2
+    return F.pad(torch.cat(images).clamp(-1, 1), [-border] * 4), labels.to(images[0].device)
 
 
 @torch.no_grad()
@@ -248,9 +249,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace) -> None:
-    train_set, test_set = (load_mnist(train, args.data_dir, args.device) for train in (True, False))
-    judge = trained_recogniser(Path(args.data_dir) / "recogniser.pth", train_set, test_set)
-    model = load_model(args.checkpoint, args.device)[0] if args.bpd or not args.images else None
+    model, dataset = None, "mnist"
+    if args.bpd or not args.images:
+        model, info = load_model(args.checkpoint, args.device)
+        dataset = info["recipe"].get("dataset", dataset)
+    train_set, test_set = (load_mnist(train, args.data_dir, args.device, dataset=dataset) for train in (True, False))
+    judge = trained_recogniser(Path(args.data_dir) / f"recogniser.{dataset}.pth", train_set, test_set)
     if args.images:
         images, labels = load_images(args.images, args.device)
     else:
@@ -260,7 +264,7 @@ def measure(args: argparse.Namespace) -> None:
         save_checkpoint(args.save_images, {"images": images.cpu(), "labels": labels.cpu()})
     results = evaluate(images, labels, judge, train_set, test_set)
     if args.bpd:
-        some = Digits(test_set.images[:args.bpd], test_set.labels[:args.bpd])
+        some = load_mnist(False, args.data_dir, args.device, args.bpd, dataset, model.config.image_size)
         results["bits a dimension"] = {"real": bound(model, some, args.seed)}
     print_table(results)
     if args.json:

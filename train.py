@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 
-from arguments import chosen, train_parser
+from arguments import chosen, parse_train_args, train_parser
 
 if __name__ == "__main__":
     train_parser().parse_args()  # here already, so that --help does not wait for torch
@@ -162,8 +162,8 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
     # A state that torchrun's restart finds is this run's: the start of the run set any other aside.
     resume = ranks.any(resume or (ranks.restarted and files.state.exists()))
     with ranks.leader_first():  # who unpacks the archives
-        train_set = load_mnist(True, cfg.data_dir, device, cfg.limit)
-        test_set = load_mnist(False, cfg.data_dir, device, cfg.limit)
+        train_set, test_set = (load_mnist(split, cfg.data_dir, device, cfg.limit, cfg.dataset, cfg.model.image_size)
+                               for split in (True, False))
     steps_an_epoch = len(train_set) // cfg.batch_size
     total_steps = cfg.epochs * steps_an_epoch
     diffusion = GaussianDiffusion(T)
@@ -265,7 +265,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = train_parser()
-    args = parser.parse_args(argv)
+    args = parse_train_args(parser, argv)
     try:
         cfg = TrainConfig(model=ModelConfig(**chosen(args, ModelConfig)), **chosen(args, TrainConfig))
         pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", "0")))

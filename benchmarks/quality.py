@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     device = pick_device(args.device)
     train_set, test_set = (load_mnist(train, device=device) for train in (True, False))
-    judge = trained_recogniser(Path("mnist") / "recogniser.pth", train_set, test_set)
+    judge = trained_recogniser(Path("mnist") / "recogniser.mnist.pth", train_set, test_set)
     model, _ = load_model(args.checkpoint, device)
     test_images = test_set[:][0]
     test_features = in_batches(judge.features, test_images)

@@ -2,10 +2,13 @@
 
 import shutil
 import socket
+from unittest import mock
+from urllib.error import URLError
 
 import pytest
 import torch
 from conftest import ROOT
+from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
 from dataset import DataError, Digits, load_mnist
 
@@ -96,3 +99,25 @@ def test_a_damaged_unpacked_file_is_named_with_the_remedy(archives, harm):
         load_mnist(True, archives.parent.parent)
     unpacked.unlink()
     assert len(load_mnist(True, archives.parent.parent)) == 60_000
+
+
+def test_larger_images_have_a_black_border():
+    small, large = (load_mnist(False, ROOT / "mnist", limit=3, image_size=size).images for size in (28, 32))
+    assert large.shape == (3, 1, 32, 32) and torch.equal(large[..., 2:-2, 2:-2], small)
+    assert large.sum() == small.sum()
+
+
+@pytest.mark.parametrize(("dataset", "kind"), [("fashion-mnist", FashionMNIST), ("kmnist", KMNIST)])
+def test_other_datasets_are_read_by_the_same_code(dataset, kind, archives, monkeypatch):
+    """MNIST's archives in the place of the other's: torchvision reads the same format."""
+    shutil.move(archives.parent, archives.parent.parent / kind.__name__)
+    monkeypatch.setattr(kind, "resources", MNIST.resources)
+    found = load_mnist(True, archives.parent.parent, dataset=dataset)
+    assert torch.equal(found.images, load_mnist(True, ROOT / "mnist").images)
+
+
+def test_a_dataset_that_cannot_be_downloaded(tmp_path, monkeypatch):
+    no_network = mock.Mock(side_effect=URLError("no network"))
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
+    with pytest.raises(DataError, match=r"cannot download KMNIST to .*KMNIST/raw"):
+        load_mnist(True, tmp_path, dataset="kmnist")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from config import ModelConfig
+from config import PAPER, ModelConfig
 from dit import DiT, PatchEmbed, patchify, position_table, unpatchify
 
 MNIST_TABLE = {
@@ -50,7 +51,6 @@ def test_names_and_shapes_are_the_reference_implementations():
     assert model.pos_embed.numel() == 3_136
 
 
-PAPER = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PAPER_COUNTS = {
     "S/8": 33_142_016, "S/4": 32_920_448, "S/2": 32_865_056, "B/8": 130_869_248, "B/4": 130_426_496, "B/2": 130_315_808,
     "L/8": 458_578_432, "L/4": 457_988_224, "L/2": 457_840_672, "XL/8": 675_664_640, "XL/4": 675_000_704,
@@ -60,12 +60,41 @@ PAPER_COUNTS = {
 
 @pytest.mark.parametrize("name", PAPER_COUNTS)
 def test_the_papers_models_have_their_parameter_counts(name):
-    size, patch = name.split("/")
-    depth, width, heads = PAPER[size]
     with torch.device("meta"):
-        model = DiT(ModelConfig(image_size=32, patch_size=int(patch), in_channels=4, hidden_size=width, depth=depth,
-                                num_heads=heads, num_classes=1000, learn_sigma=True))
+        model = DiT(PAPER[f"DiT-{name}"])
     assert sum(p.numel() for p in model.parameters()) == PAPER_COUNTS[name]
+    assert len(PAPER) == len(PAPER_COUNTS)
+
+
+@pytest.mark.parametrize(("name", "gflops"), [("S/2", 6.06), ("B/2", 23.01), ("L/2", 80.71), ("XL/2", 118.64)])
+def test_the_papers_models_have_their_arithmetic(name, gflops):
+    """DiT Tables 1 and 4, "Gflops": multiply-adds of the forward pass for one latent."""
+    with torch.device("meta"):
+        model = DiT(PAPER[f"DiT-{name}"])
+        batch = torch.empty(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            model(*batch)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gflops, rel=0.01)
+
+
+def test_names_and_shapes_at_xl_2_are_those_of_the_papers_checkpoint():
+    D, table = 1152, {
+        "pos_embed": (1, 256, 1152), "x_embedder.proj.weight": (1152, 4, 2, 2), "x_embedder.proj.bias": (1152,),
+        "t_embedder.mlp.0.weight": (1152, 256), "t_embedder.mlp.0.bias": (1152,),
+        "t_embedder.mlp.2.weight": (1152, 1152), "t_embedder.mlp.2.bias": (1152,),
+        "y_embedder.embedding_table.weight": (1001, 1152),
+        "final_layer.linear.weight": (32, 1152), "final_layer.linear.bias": (32,),
+        "final_layer.adaLN_modulation.1.weight": (2304, 1152), "final_layer.adaLN_modulation.1.bias": (2304,),
+    }
+    for i in range(28):
+        for name, rows, columns in (("attn.qkv", 3 * D, D), ("attn.proj", D, D), ("mlp.fc1", 4 * D, D),
+                                    ("mlp.fc2", D, 4 * D), ("adaLN_modulation.1", 6 * D, D)):
+            table |= {f"blocks.{i}.{name}.weight": (rows, columns), f"blocks.{i}.{name}.bias": (rows,)}
+    with torch.device("meta"):
+        model = DiT(PAPER["DiT-XL/2"])
+        checkpoint = {name: torch.empty(shape) for name, shape in table.items()}
+    model.load_state_dict(checkpoint, strict=True, assign=True)
+    assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == table
 
 
 # Sizes

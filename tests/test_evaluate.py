@@ -217,7 +217,7 @@ def test_bad_arguments(tmp_path, monkeypatch, refused, options, words):
 @pytest.mark.slow
 def test_the_kept_recogniser_is_good_enough():
     """The one that evaluate.py trains at its first use on all images, if it has been used."""
-    file = ROOT / "mnist" / "recogniser.pth"
+    file = ROOT / "mnist" / "recogniser.mnist.pth"
     if not file.exists():
         pytest.skip("evaluate.py has not been run here")
     train_set, test_set = load_mnist(True, ROOT / "mnist"), load_mnist(False, ROOT / "mnist")

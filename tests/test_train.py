@@ -5,7 +5,8 @@ import math
 import os
 import re
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from conftest import ROOT, TINY, content, run_script
 
 import train
 from checkpoint import checksum
-from config import ModelConfig, T, TrainConfig
+from config import PAPER, ModelConfig, T, TrainConfig
 from dataset import load_mnist
 from diffusion import GaussianDiffusion
 from dit import DiT
-from inference import load_model
+from inference import generate, load_model
 
 
 def rows(folder):
@@ -313,7 +314,8 @@ def test_ctrl_c_before_the_first_step(tmp_path, train_tiny, monkeypatch):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"image_size": 32}, "28 x 28 pixels"), ({"in_channels": 3}, "1 channel"), ({"num_classes": 5}, "10 classes"),
+    ({"image_size": 24}, "at least 28"), ({"image_size": 33, "patch_size": 3}, "must be even"),
+    ({"in_channels": 3}, "1 channel"), ({"num_classes": 5}, "10 classes"),
 ])
 def test_networks_that_mnist_does_not_train_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
@@ -358,7 +360,7 @@ def test_help_shows_every_field_of_the_recipe_with_its_default(call):
     assert status == 0
     options = {match[1]: " ".join(match[0].split())
                for match in re.finditer(r"--([a-z-]+)[ ,].*?\(default:\s.*?\)", out, flags=re.DOTALL)}
-    fixed = {"model", "image_size", "in_channels", "num_classes"}  # MNIST's
+    fixed = {"model", "in_channels", "num_classes"}  # MNIST's
     for config_class in (TrainConfig, ModelConfig):
         for field in fields(config_class):
             if field.name not in fixed:
@@ -372,3 +374,23 @@ def test_the_defaults_are_the_recipe():
     model = cfg.model
     assert (model.image_size, model.patch_size, model.hidden_size, model.depth, model.num_heads) == (28, 4, 64, 3, 4)
     assert (model.num_classes, T) == (10, 1000)
+
+
+def test_the_papers_models_by_name(tmp_path, call):
+    with mock.patch.object(train, "train") as started:
+        assert call(train.main, "--model", "DiT-S/4", "--checkpoint", tmp_path / "model.pth", "--device", "cpu")[0] == 0
+        model = started.call_args.args[0].model
+        assert model == replace(PAPER["DiT-S/4"], in_channels=1, num_classes=10)
+        assert call(train.main, "--depth", 2, "--model", "DiT-XL/8", "--no-learn-sigma", "--checkpoint",
+                    tmp_path / "model.pth", "--device", "cpu")[0] == 0
+        model = started.call_args.args[0].model
+        assert model == replace(PAPER["DiT-XL/8"], in_channels=1, num_classes=10, depth=2, learn_sigma=False)
+
+
+def test_a_named_model_is_trained_and_draws(tmp_path, train_tiny):
+    """Its shape but for the width and depth of the tests: 32 x 32 pixels, patches of 8, learned variance."""
+    status, _, err = train_tiny(tmp_path, "--model", "DiT-S/8")
+    assert status == 0, err
+    model, _ = load_model(tmp_path / "model.pth")
+    assert (model.config.image_size, model.config.patch_size, model.config.learn_sigma) == (32, 8, True)
+    assert generate(model, torch.tensor([3]), sampler="ddim", steps=2).shape == (1, 1, 32, 32)
