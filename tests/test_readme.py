@@ -1,5 +1,6 @@
 """What README says can be run is run, and what it names is there."""
 
+import importlib
 import re
 from dataclasses import asdict
 from unittest import mock
@@ -28,6 +29,17 @@ def test_links_and_pictures_are_there_and_small():
 def test_every_module_is_in_the_table():
     for module in ROOT.glob("*.py"):
         assert f"[`{module.name}`]({module.name})" in README
+
+
+def test_every_symbol_of_the_map_exists():
+    table = README.split("### With the papers in hand")[1].split("\n## ")[0]
+    names = [name for line in table.splitlines() if line.startswith("|") for name in re.findall(r"`([^`]+)`", line)]
+    assert len(names) > 30
+    for name in names:
+        module, *path = name.removeprefix("tests.").split(".")
+        found = importlib.import_module(module)
+        for part in path:
+            found = getattr(found, part)
 
 
 def test_the_shipped_weights_were_made_by_the_command_given():
