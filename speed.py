@@ -46,7 +46,6 @@ class Row(nn.Module):
     def __init__(self, rows: Tensor):
         super().__init__()
         self.rows = rows
-        torch._dynamo.mark_dynamic(rows, 0)  # so that a table of another length needs no other compilation
 
     def forward(self, number: Tensor) -> Tensor:
         return self.rows[number]
@@ -83,6 +82,9 @@ def compiled(model: DiT, *batch: Tensor) -> nn.Module:
     activations = [block.mlp.act for block in model.blocks]
     for block in model.blocks:
         block.mlp.act = SigmoidGELU()
+    for module in model.modules():
+        if isinstance(module, Row):
+            torch._dynamo.mark_dynamic(module.rows, 0)  # so that a table of another length needs no other compilation
     # On a GPU, CUDA graphs: the kernels of so small a network take less time than Python needs to start them.
     network = torch.compile(model, dynamic=False, mode="reduce-overhead" if batch[0].is_cuda else "default")
     try:
