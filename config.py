@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 T = 1000  # diffusion steps, DDPM section 4
 MNIST_IMAGES, MNIST_TEST_IMAGES = 60_000, 10_000
 STEPS = {"ddpm": T, "ddim": 50}  # of the samplers, unless told
-GUIDANCE = 2.0  # of the scripts, unless told; README, "How good the digits are", has what it does for our weights
+GUIDANCE = 1.5  # of the scripts, unless told; README, "How good the digits are", has what it does for our weights
 
 
 def option(default, help, **argparse_settings):

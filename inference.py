@@ -1,6 +1,6 @@
 """Draw digits from a checkpoint: reverse diffusion from pure noise, shown step by step in inference.png.
 
-    python inference.py                                      one image a digit, 1000 steps of DDPM, guidance 2
+    python inference.py                                      one image a digit, 1000 steps of DDPM, guidance 1.5
     python inference.py --sampler ddim --steps 50 --digits 3 7 --per-digit 4 --gif digits.gif
 """
 
