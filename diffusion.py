@@ -24,9 +24,10 @@ Time = Tensor | int  # (N,) ints in [0, T), or one for all images
 
 
 def guided(model: Model, guidance: float, null_class: int) -> Model:
-    """Classifier-free guidance of every channel (CFG eq. 6 with guidance = 1 + w; DiT section 3.1, "s").
+    """Classifier-free guidance of every channel of eps (CFG eq. 6 with guidance = 1 + w; DiT section 3.1, "s").
 
-    eps_hat = eps(null) + guidance * (eps(y) - eps(null)): 1 is the plain conditional model, 0 the unconditional one.
+    eps_hat = eps(null) + guidance * (eps(y) - eps(null)): 1 is the plain conditional model, 0 the unconditional one. A
+    predicted variance stays that of the conditional model, as in the paper's code.
     """
     if guidance == 1:
         return model  # the two cases that need one evaluation a step, not two
@@ -35,8 +36,10 @@ def guided(model: Model, guidance: float, null_class: int) -> Model:
 
     def conditional_and_null(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         null = torch.full_like(y, null_class)
-        eps_y, eps_null = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
-        return eps_null + guidance * (eps_y - eps_null)
+        of_y, of_null = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
+        (eps_y, v), (eps_null, _) = split(of_y, x_t), split(of_null, x_t)
+        eps_hat = eps_null + guidance * (eps_y - eps_null)
+        return eps_hat if v is None else torch.cat([eps_hat, v], dim=1)
 
     return conditional_and_null
 
@@ -103,7 +106,10 @@ class GaussianDiffusion:
     # What the network says of x_t-1
 
     def log_variance(self, x_t: Tensor, t: Time, v: Tensor | None = None) -> Tensor | float:
-        """log Sigma(x_t, t): log beta_tilde, or with v in [-1, 1] between it and log beta (iDDPM eq. 15)."""
+        """log Sigma(x_t, t): log beta_tilde, or with v between it and log beta (iDDPM eq. 15).
+
+        v lies in [-1, 1], as in the papers' code, where eq. 15 has [0, 1]: a network that predicts 0 is in the middle.
+        """
         low = _at(self.log_beta_tilde, t, x_t)
         if v is None:
             return low
@@ -134,8 +140,8 @@ class GaussianDiffusion:
         """Mean distance between eps and its prediction (DDPM Algorithm 1, line 5; eq. 14 for "mse"). A scalar.
 
         x_0: (N, C, H, W) in [-1, 1]; y, t: (N,); eps: (N, C, H, W). min_snr, if it is not 0, is the gamma of min-SNR
-        weights (Hang et al. 2023): an image counts min(SNR_t, gamma) / SNR_t, so that the fine grain of the last steps
-        does not outweigh the shape that is settled before them.
+        weights (Hang et al. 2023): an image counts min(SNR_t, gamma) / SNR_t, so that the fine grain, learned at small t,
+        does not outweigh the shape of the image, learned at larger t.
         """
         distance = {"l1": F.l1_loss, "mse": F.mse_loss}[kind]
         x_t = self.q_sample(x_0, t, eps)

@@ -61,8 +61,11 @@ class Ranks:
 
 
 @contextmanager
-def joined_ranks() -> Iterator[Ranks]:
-    """The processes of this run, connected while the context lasts: by NCCL for GPUs, by Gloo for CPUs."""
+def joined_ranks(device: torch.device) -> Iterator[Ranks]:
+    """The processes of this run, connected while the context lasts: by NCCL for GPUs, by Gloo for CPUs.
+
+    device: this process's own.
+    """
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # each machine counts its own
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks(restarted=restarts > 0)
@@ -73,10 +76,10 @@ def joined_ranks() -> Iterator[Ranks]:
         # On several machines the counts differ; there, README's command makes torchrun take a new store each time.
         store = distributed.PrefixStore(f"start {restarts}", store)
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of the patch weights, which `PatchEmbed` permutes
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         alone = Ranks(rank, size, local_rank)

@@ -2,7 +2,7 @@
 
     python evaluate.py --sampler ddim --steps 50 --json results.json
 
-Each figure stands beside that of real images, which is the best one can hope for. Needs requirements-dev.txt.
+Each figure stands beside that of real images, without which it says little. Needs requirements-dev.txt.
 """
 
 import argparse
@@ -21,16 +21,17 @@ from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, check_writable, load_checkpoint, load_model, save_checkpoint, write_atomically
-from config import MNIST_IMAGES, MNIST_TEST_IMAGES, T, pick_device
+from checkpoint import CheckpointError, check_writable, load_checkpoint, save_checkpoint, write_atomically
+from config import MNIST_TEST_IMAGES, T, pick_device
 from dataset import DataError, Digits, load_mnist
 from diffusion import GaussianDiffusion
 from dit import DiT
-from inference import generate, show_canvas, tile
+from inference import generate, load_drawing_model, show_canvas, tile
 from speed import compiled, keep_freed_memory, tabulated
 from vlb import bits_per_dimension
 
 EPOCHS, BATCH_SIZE = 8, 125  # of the recogniser; and images drawn at a time
+LEAST_IMAGES, MOST_IMAGES = 100, 20_000  # the distances between all of them must fit the memory
 WORTH_COMPILING = 100_000  # evaluations of the network
 
 
@@ -114,7 +115,7 @@ def frechet_distance(judge: Recogniser, real: Tensor, drawn: Tensor) -> float:
         num_features = judge.num_features
 
         def forward(self, images: Tensor) -> Tensor:
-            return judge.features(images)
+            return judge.features(images).cpu()  # where torchmetrics keeps its sums
 
     metric = FrechetInceptionDistance(feature=Features()).set_dtype(torch.float64)
     with torch.no_grad():
@@ -210,14 +211,16 @@ def bound(model: DiT, digits: Digits, seed: int) -> float:
     return total / len(digits)
 
 
-def load_images(path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What --save-images wrote. CheckpointError if it is something else."""
+def load_images(path: Path, device: torch.device) -> tuple[Tensor, Tensor, str]:
+    """What --save-images wrote: images, labels, and the name of the data set. CheckpointError if it is something else."""
     content = load_checkpoint(path, {"images": Tensor, "labels": Tensor})
     images, labels = content["images"], content["labels"]
     if images.shape != (len(labels), 1, 28, 28) or not images.is_floating_point() or labels.dtype != torch.int64 or \
-            not images.isfinite().all() or not ((labels >= 0) & (labels < 10)).all():
-        raise CheckpointError(f"{path} does not hold images (N, 1, 28, 28) and their labels (N,)")
-    return images.float().clamp(-1, 1).to(device), labels.to(device)
+            not images.isfinite().all() or not LEAST_IMAGES <= len(labels) <= MOST_IMAGES or \
+            labels.unique().tolist() != list(range(10)):
+        raise CheckpointError(f"{path} does not hold {LEAST_IMAGES} to {MOST_IMAGES} images (N, 1, 28, 28) and their labels "
+                              "(N,), each digit among them")
+    return images.float().clamp(-1, 1).to(device), labels.to(device), str(content.get("dataset", "mnist"))
 
 
 def print_table(results: dict[str, dict]) -> None:
@@ -230,11 +233,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = evaluate_parser()
     args = parser.parse_args(argv)
     check_sampling_options(parser, args)
-    if not 100 <= args.n <= MNIST_IMAGES:
-        parser.error(f"argument --n: must lie in [100, {MNIST_IMAGES}], not {args.n}")
+    if not LEAST_IMAGES <= args.n <= MOST_IMAGES:
+        parser.error(f"argument --n: must lie in [{LEAST_IMAGES}, {MOST_IMAGES}], not {args.n}")
     if not 0 <= args.bpd <= MNIST_TEST_IMAGES:
         parser.error(f"argument --bpd: must lie in [1, {MNIST_TEST_IMAGES}], not {args.bpd}")
     for path in filter(None, (args.json, args.neighbours, args.save_images)):
+        if path.absolute() == args.checkpoint.absolute():
+            parser.error(f"{path} is the checkpoint: choose another place for what is measured")
         try:
             check_writable(path)
         except OSError as error:
@@ -249,19 +254,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace) -> None:
-    model, dataset = None, "mnist"
+    if args.images:
+        images, labels, dataset = load_images(args.images, args.device)
     if args.bpd or not args.images:
-        model, info = load_model(args.checkpoint, args.device)
-        dataset = info["recipe"].get("dataset", dataset)
+        model, info = load_drawing_model(args)
+        dataset = info["recipe"].get("dataset", "mnist")
     train_set, test_set = (load_mnist(train, args.data_dir, args.device, dataset=dataset) for train in (True, False))
     judge = trained_recogniser(Path(args.data_dir) / f"recogniser.{dataset}.pth", train_set, test_set)
-    if args.images:
-        images, labels = load_images(args.images, args.device)
-    else:
+    if not args.images:
         images, labels = draw_images(model, args.n, args.seed, sampler=args.sampler, steps=args.steps, eta=args.eta,
                                      guidance=args.guidance, compile=args.n * args.steps >= WORTH_COMPILING)
     if args.save_images:
-        save_checkpoint(args.save_images, {"images": images.cpu(), "labels": labels.cpu()})
+        save_checkpoint(args.save_images, {"images": images.cpu(), "labels": labels.cpu(), "dataset": dataset})
     results = evaluate(images, labels, judge, train_set, test_set)
     if args.bpd:
         some = load_mnist(False, args.data_dir, args.device, args.bpd, dataset, model.config.image_size)

@@ -150,13 +150,23 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     return parser, args
 
 
+def load_drawing_model(args: argparse.Namespace) -> tuple[DiT, dict]:
+    """The network of the command line and the other entries of its checkpoint. CheckpointError if it cannot draw so."""
+    model, info = load_model(args.checkpoint, args.device)
+    config = model.config
+    if config.in_channels != 1 or config.num_classes != 10 or config.image_size < 28:
+        raise CheckpointError(f"{args.checkpoint} is of a network for other images than MNIST's")
+    if config.class_dropout_prob == 0 and args.guidance != 1:
+        raise CheckpointError(f"{args.checkpoint} was trained without dropped labels, so that there is nothing to guide "
+                              "with: use --guidance 1")
+    return model, info
+
+
 def main(argv: list[str] | None = None) -> int:
     parser, args = parse_args(argv)
     keep_freed_memory()
     try:
-        model, info = load_model(args.checkpoint, args.device)
-        if model.config.in_channels != 1:
-            raise CheckpointError(f"{args.checkpoint} is of a network for other images than MNIST's")
+        model, info = load_drawing_model(args)
         for digit in args.digits:
             if not 0 <= digit < model.config.num_classes:
                 parser.error(f"argument --digits: must lie in [0, {model.config.num_classes}), not {digit}")

@@ -268,12 +268,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_train_args(parser, argv)
     try:
         cfg = TrainConfig(model=ModelConfig(**chosen(args, ModelConfig)), **chosen(args, TrainConfig))
-        pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", "0")))
+        device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", "0")))
         RunFiles(cfg)  # what could not be written or used is said now, as a mistake in the arguments
     except (OSError, ValueError) as error:
         parser.error(str(error))
     try:
-        with joined_ranks() as ranks:
+        with joined_ranks(device) as ranks:
             train(cfg, args.resume, ranks)
     except TrainingStopped as stop:
         print(stop)

@@ -24,17 +24,16 @@ def discretized_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor) 
 
     The outermost levels take the tails, so that the 256 weights sum to 1. In nats, for each value on its own.
     """
-    normal = torch.distributions.Normal(0.0, 1.0)
     inverse_std = torch.exp(-0.5 * log_variance)
-    upper = normal.cdf((x_0 - mean + 1 / 255) * inverse_std)
-    lower = normal.cdf((x_0 - mean - 1 / 255) * inverse_std)
+    upper = torch.special.ndtr((x_0 - mean + 1 / 255) * inverse_std)
+    lower = torch.special.ndtr((x_0 - mean - 1 / 255) * inverse_std)
     upper = torch.where(x_0 > 0.999, torch.ones_like(upper), upper)
     lower = torch.where(x_0 < -0.999, torch.zeros_like(lower), lower)
     return (upper - lower).clamp(min=1e-12).log()
 
 
 def bound_term(chain: "GaussianDiffusion", out: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, clip: bool) -> Tensor:
-    """One term of DDPM eq. 5, in bits a dimension: KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)); at t = 0, -log p(x_0 | x_1).
+    """One term of DDPM eq. 5, KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)); for the last step, -log p(x_0). Bits a dimension.
 
     out: what the network returned for x_t, (N, C, H, W) or with the variance (N, 2C, H, W); t: (N,). Returns (N,).
     """

@@ -21,13 +21,13 @@ from dataset import load_mnist
 from evaluate import accuracy, draw_images, frechet_distance, in_batches, spread, trained_recogniser
 from speed import keep_freed_memory
 
-STEPS = {"ddpm": (10, 20, 50, 100, 250, 1000), "ddim": (10, 20, 50, 100, 250, 1000)}
+STEP_COUNTS = {"ddpm": (10, 20, 50, 100, 250, 1000), "ddim": (10, 20, 50, 100, 250, 1000)}
 STRENGTHS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)  # of guidance
 FIGURES = ("accuracy", "Frechet distance", "precision", "coverage")
 
 
 def draw_steps(axes: dict[str, Axes], rows: list[dict]) -> None:
-    for sampler in STEPS:
+    for sampler in STEP_COUNTS:
         of_sampler = [row for row in rows if row["sampler"] == sampler]
         for name, one in axes.items():
             one.plot([row["steps"] for row in of_sampler], [row[name] for row in of_sampler], "o-", label=sampler.upper())
@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         return {name: found[name] for name in FIGURES}
 
     if args.what == "steps":
-        settings = [{"sampler": sampler, "steps": n, "guidance": args.guidance} for sampler in STEPS for n in STEPS[sampler]]
+        settings = [{"sampler": sampler, "steps": n, "guidance": args.guidance} for sampler in STEP_COUNTS
+                    for n in STEP_COUNTS[sampler]]
     else:
         settings = [{"sampler": "ddim", "steps": 50, "guidance": strength} for strength in STRENGTHS]
     real = figures(*train_set[:args.n]) | {"accuracy": accuracy(judge, *test_set[:])[0]}  # it was trained on the former

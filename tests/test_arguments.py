@@ -89,7 +89,7 @@ def test_evaluate(options):
         assert_accepted_or_refused(evaluate.main, arguments, started)
         if started.called:
             args = started.call_args.args[0]
-            assert 100 <= args.n <= 60_000 and 1 <= args.steps <= 1000 and 0 <= args.eta <= 1
+            assert 100 <= args.n <= 20_000 and 1 <= args.steps <= 1000 and 0 <= args.eta <= 1
 
 
 DEVICES = st.one_of(st.sampled_from(["", "cuda:99", "cpu:1", "meta:0", "tpu", "vulkan", "cpu,cuda", "CPU", " cpu", "None"]),

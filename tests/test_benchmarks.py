@@ -64,7 +64,7 @@ def test_sampling_benchmark(guidance, capsys):
 def test_quality_pictures(what, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(quality, "trained_recogniser", lambda *arguments: Recogniser().eval())
-    monkeypatch.setattr(quality, "STEPS", {"ddpm": (1, 2), "ddim": (1,)})
+    monkeypatch.setattr(quality, "STEP_COUNTS", {"ddpm": (1, 2), "ddim": (1,)})
     monkeypatch.setattr(quality, "STRENGTHS", (1.0, 2.0))
     monkeypatch.setattr("inference.compiled", lambda model, *batch: model)
     monkeypatch.setattr(quality, "load_mnist", partial(load_mnist, limit=200))

@@ -260,6 +260,17 @@ def test_guidance_of_every_channel_with_the_null_class(open_network):
                                    (1 - strength) * eps_null + strength * eps_y, rtol=1e-4, atol=1e-5)
 
 
+def test_guidance_leaves_a_predicted_variance_alone():
+    x_t, t, y = torch.randn(3, 1, 4, 4), torch.tensor([1, 500, 999]), torch.tensor([0, 1, 2])
+
+    def model(x_t, t, y):  # eps is y, v is 10 y
+        return torch.cat([y.reshape(-1, 1, 1, 1).expand_as(x_t), 10 * y.reshape(-1, 1, 1, 1).expand_as(x_t)], dim=1).float()
+
+    eps_hat, v = guided(model, 3.0, 10)(x_t, t, y).chunk(2, dim=1)
+    assert eps_hat[:, 0, 0, 0].tolist() == [10 + 3 * (label - 10) for label in (0, 1, 2)]
+    assert v[:, 0, 0, 0].tolist() == [0, 10, 20]
+
+
 # What a sampler hands out
 
 @pytest.mark.parametrize("name", ["ddpm_sample", "ddim_sample"])

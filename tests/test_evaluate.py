@@ -204,7 +204,7 @@ def test_files_that_hold_no_images(tmp_path, monkeypatch, refused, data, entries
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (("--n", 99), "argument --n: must lie in [100, 60000], not 99"), (("--n", 0), "must be at least 1"),
+    (("--n", 99), "argument --n: must lie in [100, 20000], not 99"), (("--n", 0), "must be at least 1"),
     (("--json", "nowhere/r.json"), "there is no folder nowhere"), (("--neighbours", "a.txt"), "must end in .png"),
     (("--steps", 1001), "argument --steps"), (("--n=--",), "lacks its value"),
 ])
