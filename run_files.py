@@ -69,7 +69,7 @@ class RunFiles:
         write_atomically(self.csv, lambda path: path.write_text("\n".join(csv_lines(curve)) + "\n"))
         if last or time.monotonic() - self.drawn > 10:
             self._keep_a_copy_of_another_run(self.png)
-            write_atomically(self.png, lambda path: draw_curve(path, curve, self.cfg.loss))
+            write_atomically(self.png, lambda path: draw_curve(path, curve, self.cfg))
             self.drawn = time.monotonic()
 
     def start_anew(self) -> None:
@@ -113,14 +113,15 @@ def csv_lines(curve: list[dict]) -> list[str]:
     return [",".join(digits), *(",".join(format(row[name], digits[name]) for name in digits) for row in curve)]
 
 
-def draw_curve(path: Path, curve: list[dict], kind: str) -> None:
+def draw_curve(path: Path, curve: list[dict], cfg: TrainConfig) -> None:
     """Both losses against the epoch."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    for name, label in (("train_loss", "training images, weights on the way"),
-                        ("test_loss", "test images, averaged weights, fixed t and noise")):
+    weighted = f", times weighted by min-SNR {cfg.min_snr:g}" if cfg.min_snr else ""
+    for name, label in (("train_loss", f"training images{weighted}"),
+                        ("test_loss", "test images, averaged network, the same t and noise at every epoch")):
         axes.plot([row["epoch"] for row in curve], [row[name] for row in curve], ".-", label=label)
-    axes.set(xlabel="epoch", ylabel=f"{kind} loss of the noise", yscale="log")
+    axes.set(xlabel="epoch", ylabel=f"{cfg.loss} loss of the noise", yscale="log")
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=120)
