@@ -6,6 +6,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,6 +40,22 @@ def draw_guidance(axes: dict[str, Axes], rows: list[dict]) -> None:
     for name, one in axes.items():
         one.plot([row["guidance"] for row in rows], [row[name] for row in rows], "o-", label="drawn")
         one.set(xlabel="guidance")
+
+
+def write(picture: Path, draw: Callable, rows: list[dict], real: dict[str, float]) -> None:
+    """The picture, and the table beside it."""
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    axes = dict(zip(FIGURES, figure.subplots(1, len(FIGURES)), strict=True))
+    draw(axes, rows)
+    for name, one in axes.items():
+        one.axhline(real[name], color="grey", linestyle="--", label="real images")
+        one.set(title=name)
+        one.grid(alpha=0.3, which="both")
+    axes["Frechet distance"].set(yscale="log")
+    axes["accuracy"].legend()
+    figure.savefig(picture, dpi=90)
+    lines = [",".join(rows[0]), *map(line, rows), line({"sampler": "real images", "steps": "", "guidance": ""} | real)]
+    picture.with_suffix(".csv").write_text("\n".join(lines) + "\n")
 
 
 def line(row: dict) -> str:
@@ -85,18 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(setting | figures(*draw_images(model, args.n, args.seed, **setting, compile=True)))
         print(line(rows[-1]), flush=True)
 
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    axes = dict(zip(FIGURES, figure.subplots(1, len(FIGURES)), strict=True))
-    (draw_steps if args.what == "steps" else draw_guidance)(axes, rows)
-    for name, one in axes.items():
-        one.axhline(real[name], color="grey", linestyle="--", label="real images")
-        one.set(title=name)
-        one.grid(alpha=0.3, which="both")
-    axes["Frechet distance"].set(yscale="log")
-    axes["accuracy"].legend()
-    figure.savefig(args.picture, dpi=90)
-    lines = [",".join(rows[0]), *map(line, rows), line({"sampler": "real images", "steps": "", "guidance": ""} | real)]
-    args.picture.with_suffix(".csv").write_text("\n".join(lines) + "\n")
+    write(args.picture, draw_steps if args.what == "steps" else draw_guidance, rows, real)
 
 
 if __name__ == "__main__":
