@@ -140,7 +140,7 @@ def test_nearest_two_against_a_loop(data):
 @pytest.fixture
 def quick(monkeypatch, judge, data):
     """evaluate.py with a few of the images and the judge of these tests."""
-    monkeypatch.setattr(evaluate, "load_mnist", lambda train, data_dir, device: data[0] if train else data[1])
+    monkeypatch.setattr(evaluate, "load_mnist", lambda train, data_dir, device, **settings: data[0] if train else data[1])
     monkeypatch.setattr(evaluate, "trained_recogniser", lambda file, train_set, test_set: judge)
 
 
@@ -195,7 +195,7 @@ def test_real_images_are_measured_as_real(tmp_path, call, quick, data):
     {"images": torch.zeros(5, 1, 28, 28)},
 ], ids=["shape", "count", "label", "nan", "none"])
 def test_files_that_hold_no_images(tmp_path, monkeypatch, refused, data, entries):
-    monkeypatch.setattr(evaluate, "load_mnist", lambda train, data_dir, device: data[0] if train else data[1])
+    monkeypatch.setattr(evaluate, "load_mnist", lambda train, data_dir, device, **settings: data[0] if train else data[1])
     monkeypatch.setattr(evaluate, "trained_recogniser", lambda *args: Recogniser().eval())
     save_checkpoint(tmp_path / "bad.pt", entries)
     before = content(tmp_path)
