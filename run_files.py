@@ -56,9 +56,12 @@ class RunFiles:
         return content
 
     def save_run(self, state: dict, ema: DiT, step: int) -> None:
-        """The state first: a crash between the two leaves a model.pth that is older, and both can be loaded."""
+        """The state first: a crash between the two leaves a model.pth that is older, which `save_weights` makes good."""
+        save_checkpoint(self.state, {**state, "recipe": asdict(self.cfg)})
+        self.save_weights(ema, step)
+
+    def save_weights(self, ema: DiT, step: int) -> None:
         recipe = asdict(self.cfg)
-        save_checkpoint(self.state, {**state, "recipe": recipe})
         self._keep_a_copy_of_another_run(self.weights)
         weights = {name: value.cpu() for name, value in ema.state_dict().items()}  # loads where there is no GPU
         save_checkpoint(self.weights, {"model_config": asdict(ema.config), "ema": weights, "step": step, "recipe": recipe})

@@ -174,6 +174,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
         if run.step > total_steps:
             raise TrainingError(f"{files.state} is at step {run.step}, and {cfg.epochs} epochs end at step {total_steps}")
         if ranks.leads:
+            files.save_weights(run.ema, run.step)  # a crash may have come between the state and these
             tqdm.write(f"resumed at step {run.step} of {total_steps}")
     elif ranks.leads:
         files.start_anew()
@@ -182,9 +183,10 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
         x_0, y = train_set[:cfg.batch_size // ranks.size]
         with precision(cfg, device):
             network = compiled(network, *pieces(x_0, torch.zeros_like(y), y)[0])
-        x_0, y = test_set[:HELD_OUT_BATCH]
-        with torch.no_grad():
-            averaged = compiled(averaged, x_0, torch.zeros_like(y), y)
+        if network is not run.model:
+            x_0, y = test_set[:HELD_OUT_BATCH]
+            with torch.no_grad():
+                averaged = compiled(averaged, x_0, torch.zeros_like(y), y)
     network = ranks.wrap(network)
 
     bar = tqdm(total=total_steps * cfg.batch_size, initial=run.step * cfg.batch_size, unit="img", unit_scale=True,

@@ -181,3 +181,25 @@ def test_another_error_is_not_hidden(tmp_path, train_tiny, monkeypatch):
     monkeypatch.setattr(train.GaussianDiffusion, "loss", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         train_tiny(tmp_path)
+
+
+def test_a_kill_between_the_last_state_and_its_weights(tmp_path, train_tiny, monkeypatch):
+    """model.pth is then a step older; --resume has no step left to do, and writes it all the same."""
+    class Killed(BaseException):
+        pass
+
+    def killed(self, ema, step):
+        if step == 3:
+            raise Killed
+        whole(self, ema, step)
+
+    whole = train.RunFiles.save_weights
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.RunFiles, "save_weights", killed)
+        train_tiny(tmp_path, "--checkpoint-every", 1)
+    assert load_model(tmp_path / "model.pth")[1]["step"] == 2
+    assert train_tiny(tmp_path, "--checkpoint-every", 1, "--resume")[0] == 0
+    model, info = load_model(tmp_path / "model.pth")
+    assert info["step"] == 3
+    ema = load_checkpoint(tmp_path / "model.resume.pth", STATE)["ema"]
+    assert all(torch.equal(value, ema[name]) for name, value in model.state_dict().items())

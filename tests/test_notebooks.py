@@ -8,13 +8,11 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def test_there_are_three_with_outputs():
+def test_there_are_three_and_small():
     assert [path.stem for path in NOTEBOOKS] == ["diffusion", "inference", "train"]
     for path in NOTEBOOKS:
         assert path.stat().st_size < 600_000, path
         cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run it again, top to bottom"
-        assert sum(bool(cell.outputs) for cell in cells) > len(cells) / 2
         assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
 
 
