@@ -52,7 +52,7 @@ def write(picture: Path, draw: Callable, rows: list[dict], real: dict[str, float
         one.set(title=name)
         one.grid(alpha=0.3, which="both")
     axes["Frechet distance"].set(yscale="log")
-    axes["accuracy"].legend()
+    axes["Frechet distance"].legend(fontsize=8)
     figure.savefig(picture, dpi=90)
     lines = [",".join(rows[0]), *map(line, rows), line({"sampler": "real images", "steps": "", "guidance": ""} | real)]
     picture.with_suffix(".csv").write_text("\n".join(lines) + "\n")
