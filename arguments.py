@@ -11,6 +11,10 @@ from config import GUIDANCE, MNIST_TEST_IMAGES, PAPER, STEPS, ModelConfig, T, Tr
 
 
 def train_parser() -> argparse.ArgumentParser:
+    """`train.py`: an option for each field of the two configs that has a help text, its default and type the field's.
+
+    --model is left out of the result unless it is given: it is no field, but sets the defaults of others.
+    """
     parser = argparse.ArgumentParser(description="Train a Diffusion Transformer on MNIST.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--resume", action="store_true", help="go on with the run that left model.resume.pth")
@@ -18,6 +22,7 @@ def train_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for f in fields(config_class):
             if "help" in f.metadata:
+                # An action of its own, as --compile and --no-compile have, takes no type.
                 typed = {} if "action" in f.metadata else {"type": type(f.default)}
                 group.add_argument("--" + f.name.replace("_", "-"), default=f.default, **typed, **f.metadata)
     group.add_argument("--model", choices=tuple(PAPER), metavar="NAME", default=argparse.SUPPRESS,
@@ -39,6 +44,7 @@ def chosen(args: argparse.Namespace, config_class: type) -> dict:
 
 
 def inference_parser() -> argparse.ArgumentParser:
+    """`inference.py`: what to draw, how, and where to."""
     parser = argparse.ArgumentParser(description="Draw digits with a trained DiT.", allow_abbrev=False)
     add = parser.add_argument
     add("--digits", type=int, nargs="+", metavar="D", default=list(range(10)), help="a row each (default: 0 to 9)")
@@ -50,6 +56,7 @@ def inference_parser() -> argparse.ArgumentParser:
 
 
 def evaluate_parser() -> argparse.ArgumentParser:
+    """`evaluate.py`: what to measure, and which files to keep."""
     parser = argparse.ArgumentParser(description="Measure how good the digits of a checkpoint are.", allow_abbrev=False)
     add = parser.add_argument
     add("--n", type=positive_int, default=10_000, help="images to draw (default: 10000)")
@@ -101,6 +108,7 @@ def check_sampling_options(parser: argparse.ArgumentParser, args: argparse.Names
 
 
 def positive_int(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value

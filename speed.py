@@ -19,8 +19,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's <malloc.h>
 def keep_freed_memory() -> None:
     """Have malloc keep the memory of a finished step for the next one, for the rest of this process.
 
-    glibc hands freed megabytes back to Linux, which zeroes every page of them before the next step may write there: a
-    quarter of the time of a step. Does nothing where there is no glibc.
+    glibc hands freed megabytes back to Linux, which zeroes every page of them before the next step may write there. Does
+    nothing where there is no glibc.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
