@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from config import ModelConfig
 from dit import DiT
@@ -153,13 +154,27 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Di
     info = load_checkpoint(path, WEIGHTS)
     weights = info.pop("ema")
     try:
-        with torch.device("meta"):  # names and shapes are compared before any memory is taken
-            model = DiT(ModelConfig(**info["model_config"]))
+        model = outline(ModelConfig(**info["model_config"]))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes a network that this code does not build: {error}") from error
     check_weights(path, weights, model)
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval().requires_grad_(False), info
+
+
+class SkipInit(TorchFunctionMode):
+    """Within it, layers get no initial values: on the meta device these would import torch's compiler, 1.3 seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
+
+
+def outline(config: ModelConfig) -> DiT:
+    """The network without its values: names and shapes can be compared before any memory is taken."""
+    with torch.device("meta"), SkipInit():
+        return DiT(config, initialize=False)
 
 
 def check_weights(path: str | Path, weights: dict, model: DiT) -> None:

@@ -99,19 +99,20 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """eps_theta(x_t, t, y), the noise predictor."""
+    """eps_theta(x_t, t, y), the noise predictor. initialize=False leaves its values to whoever loads them afterwards."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, initialize: bool = True):
         super().__init__()
         self.config = config
         D, p = config.hidden_size, config.patch_size
         self.x_embedder = PatchEmbed(p, config.in_channels, D)
         self.t_embedder = TimestepEmbedder(D)
         self.y_embedder = LabelEmbedder(config.num_classes, D, config.class_dropout_prob)
-        self.register_buffer("pos_embed", position_table(D, config.image_size // p)[None])  # (1, L, D), not trained
+        self.register_buffer("pos_embed", torch.empty(1, (config.image_size // p) ** 2, D))  # (1, L, D), not trained
         self.blocks = nn.ModuleList(DiTBlock(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
         self.final_layer = FinalLayer(D, p, config.out_channels)
-        self.initialize_weights()
+        if initialize:
+            self.initialize_weights()
 
     def initialize_weights(self) -> None:
         """Every initial value (DiT section 3.2, "adaLN-Zero block", section 4, "Training", and the paper's code)."""
@@ -121,6 +122,7 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: the convolution as the Linear it is
         nn.init.zeros_(self.x_embedder.proj.bias)
+        self.pos_embed.copy_(position_table(self.config.hidden_size, self.config.image_size // self.config.patch_size))
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=self.config.label_init_std)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=self.config.time_init_std)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=self.config.time_init_std)

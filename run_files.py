@@ -10,7 +10,15 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, check_weights, check_writable, load_checkpoint, save_checkpoint, write_atomically
+from checkpoint import (
+    CheckpointError,
+    check_weights,
+    check_writable,
+    load_checkpoint,
+    outline,
+    save_checkpoint,
+    write_atomically,
+)
 from config import TrainConfig
 from dit import DiT
 
@@ -43,14 +51,14 @@ class RunFiles:
         if not self.state.exists():
             raise CheckpointError(f"there is nothing to resume: no file {self.state}")
         content = load_checkpoint(self.state, STATE)
-        before, now = _flat(content["recipe"]), _flat(asdict(self.cfg))
+        now = _flat(asdict(self.cfg))
+        before = _flat(asdict(TrainConfig())) | _flat(content["recipe"])  # options that came later were at their defaults
         changed = [name for name in now | before if name not in MAY_CHANGE and before.get(name) != now.get(name)]
         if changed:
             differences = ", ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in changed)
             raise CheckpointError(f"{self.state} belongs to another recipe: {differences}; resume with the options that "
                                   "it was started with, or leave out --resume to start anew")
-        with torch.device("meta"):
-            network = DiT(self.cfg.model)
+        network = outline(self.cfg.model)
         for name in ("weights", "ema"):
             check_weights(self.state, content[name], network)
         return content

@@ -4,11 +4,13 @@ import errno
 import os
 import pickle
 import random
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import content
+from conftest import ROOT, content
 
 import checkpoint
 from checkpoint import (
@@ -16,9 +18,12 @@ from checkpoint import (
     CheckpointError,
     check_writable,
     load_model,
+    outline,
     save_checkpoint,
     write_atomically,
 )
+from config import PAPER, ModelConfig
+from dit import DiT
 
 
 def weights_of(model, step, recipe):
@@ -249,3 +254,18 @@ def test_truncations_and_flipped_bytes(saved):
         else:
             assert all(torch.equal(loaded[name], good[name]) for name in good)
     assert refused > 300
+
+
+def test_the_outline_has_the_names_shapes_and_types_of_the_network():
+    for config in (ModelConfig(), PAPER["DiT-S/8"]):
+        outlined, network = outline(config).state_dict(), DiT(config).state_dict()
+        assert all(value.is_meta for value in outlined.values())
+        assert [(name, value.shape, value.dtype) for name, value in outlined.items()] == [
+            (name, value.shape, value.dtype) for name, value in network.items()]
+
+
+def test_loading_does_not_import_the_compiler():
+    """It takes a second of the eight that inference.py has."""
+    code = "import sys; from checkpoint import load_model; load_model('model.pth'); print('sympy' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "False"

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, TINY, content, run_script
 
 import train
-from checkpoint import checksum
+from checkpoint import checksum, load_checkpoint, save_checkpoint
 from config import PAPER, ModelConfig, T, TrainConfig
 from dataset import load_mnist
 from diffusion import GaussianDiffusion
@@ -239,6 +239,17 @@ def test_another_recipe_is_refused_by_name(tmp_path, train_tiny, refused, option
     before = content(tmp_path)
     refused(train.main, 1, words, "--checkpoint", tmp_path / "model.pth", *TINY, "--epochs", 2, *options, "--resume")
     assert content(tmp_path) == before
+
+
+def test_a_state_from_before_an_option_existed_can_go_on(tmp_path, train_tiny):
+    """The option was at its default then, whatever that does."""
+    assert train_tiny(tmp_path)[0] == 0
+    state = load_checkpoint(tmp_path / "model.resume.pth", {})
+    for name in ("min_snr", "dataset"):
+        del state["recipe"][name]
+    save_checkpoint(tmp_path / "model.resume.pth", {name: value for name, value in state.items() if name != "sha256"})
+    assert train_tiny(tmp_path, "--epochs", 2, "--min-snr", 1, "--resume")[0] == 1
+    assert train_tiny(tmp_path, "--epochs", 2, "--resume")[0] == 0
 
 
 def test_fewer_epochs_than_done_are_refused(tmp_path, train_tiny, monkeypatch):
