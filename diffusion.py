@@ -88,9 +88,13 @@ class GaussianDiffusion:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM eq. 4). x_0, eps: (N, C, H, W); t: (N,)."""
         return _at(self.alpha_bar.sqrt(), t, x_0) * x_0 + _at((1 - self.alpha_bar).sqrt(), t, x_0) * eps
 
-    def predict_x_0(self, x_t: Tensor, t: Time, eps: Tensor) -> Tensor:
-        """x_0 from x_t and eps: eq. 4 solved for x_0 (DDPM eq. 15)."""
-        return (x_t - _at((1 - self.alpha_bar).sqrt(), t, x_t) * eps) / _at(self.alpha_bar.sqrt(), t, x_t)
+    def predict_x_0(self, x_t: Tensor, t: Time, eps: Tensor, clip: bool = False) -> Tensor:
+        """x_0 from x_t and eps: eq. 4 solved for x_0 (DDPM eq. 15); with clip, the nearest that an image can be.
+
+        Images lie in [-1, 1]. x_t has no such range: clipping it would cut off the tails of the noise.
+        """
+        x_0 = (x_t - _at((1 - self.alpha_bar).sqrt(), t, x_t) * eps) / _at(self.alpha_bar.sqrt(), t, x_t)
+        return x_0.clamp(-1, 1) if clip else x_0
 
     def predict_eps(self, x_t: Tensor, t: Time, x_0: Tensor) -> Tensor:
         """eps from x_t and x_0: eq. 4 solved for eps."""
@@ -119,13 +123,10 @@ class GaussianDiffusion:
     def p_mean_log_variance(self, x_t: Tensor, t: Time, out: Tensor, clip: bool) -> tuple[Tensor, Tensor | float]:
         """Mean and log variance of p(x_t-1 | x_t). out: eps_hat, (N, C, H, W), or eps_hat and v, (N, 2C, H, W).
 
-        The mean is eq. 6 at the predicted x_0, which equals eq. 11 but lets x_0 be clipped to the range of images. x_t has
-        no such range: clipping it would cut off the tails of the noise.
+        The mean is eq. 6 at the predicted x_0, which equals eq. 11 but lets x_0 be clipped.
         """
         eps_hat, v = split(out, x_t)
-        x_0_hat = self.predict_x_0(x_t, t, eps_hat)
-        if clip:
-            x_0_hat = x_0_hat.clamp(-1, 1)
+        x_0_hat = self.predict_x_0(x_t, t, eps_hat, clip)
         return self.q_posterior(x_0_hat, x_t, t)[0], self.log_variance(x_t, t, v)
 
     # Training
@@ -171,9 +172,8 @@ class GaussianDiffusion:
         eta = 0 is deterministic, eta = 1 has DDPM's variance beta_tilde. A predicted variance is not used.
         """
         eps_hat, _ = split(out, x_t)
-        x_0_hat = self.predict_x_0(x_t, t, eps_hat)
+        x_0_hat = self.predict_x_0(x_t, t, eps_hat, clip)
         if clip:
-            x_0_hat = x_0_hat.clamp(-1, 1)
             eps_hat = self.predict_eps(x_t, t, x_0_hat)  # so that x_0_hat and eps_hat still make up x_t
         variance = eta**2 * self.beta_tilde  # DDIM eq. 16
         direction = (1 - self.alpha_bar_prev - variance).sqrt()  # both terms are 0 at t = 0: the last step gives x_0_hat

@@ -8,12 +8,15 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def test_there_are_three_and_small():
+def test_there_are_three_run_from_top_to_bottom_and_small():
     assert [path.stem for path in NOTEBOOKS] == ["diffusion", "inference", "train"]
     for path in NOTEBOOKS:
         assert path.stat().st_size < 600_000, path
         cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-        assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), path
+        outputs = [output for cell in cells for output in cell.outputs]
+        assert not any(output.output_type == "error" for output in outputs)
+        assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
 
 
 @pytest.mark.slow
