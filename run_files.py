@@ -133,6 +133,6 @@ def draw_curve(path: Path, curve: list[dict], cfg: TrainConfig) -> None:
                         ("test_loss", "test images, averaged network, the same t and noise at every epoch")):
         axes.plot([row["epoch"] for row in curve], [row[name] for row in curve], ".-", label=label)
     axes.set(xlabel="epoch", ylabel=f"{cfg.loss} loss of the noise", yscale="log")
-    axes.legend()
+    axes.legend(fontsize=8)
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=120)
