@@ -69,6 +69,9 @@ class TrainConfig:
     batch_size: int = option(300, "images a step; the rest of an epoch that fills no batch is left out")
     loss: str = option("l1", "distance between the noise and its prediction; the papers have mse", choices=("l1", "mse"))
     min_snr: float = option(0.0, "weight of a timestep in the loss: min(SNR, MIN_SNR) / SNR; 0 for 1, as in the papers")
+    guidance: float = option(1.0, "strength of guidance that the network learns to do by itself, so that sampling takes one "
+                             "evaluation a step; 1 for none")
+    start_from: str = option("", "checkpoint whose weights to begin with, in the place of random ones")
     optimizer: str = option("adamw", "AdamW without weight decay for all, or Muon for the matrices of the blocks",
                             choices=("adamw", "muon"))
     lr: float = option(1e-3, "highest learning rate")
@@ -97,6 +100,7 @@ class TrainConfig:
         _require(self.limit == 0 or self.batch_size <= self.limit,
                  f"batch_size {self.batch_size} is more than the {self.limit} images that limit leaves")
         _require(0 <= self.min_snr < math.inf, f"min_snr must be 0 or positive and finite, not {self.min_snr}")
+        _require_within(self, "guidance", 1, 100)
         _require(0 < self.lr < math.inf, f"lr must be positive and finite, not {self.lr}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), not {self.ema_decay}")
         _require(self.model.image_size >= 28 and self.model.image_size % 2 == 0,

@@ -35,13 +35,16 @@ def guided(model: Model, guidance: float, null_class: int) -> Model:
         return lambda x_t, t, y: model(x_t, t, torch.full_like(y, null_class))
 
     def conditional_and_null(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        null = torch.full_like(y, null_class)
-        of_y, of_null = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
-        (eps_y, v), (eps_null, _) = split(of_y, x_t), split(of_null, x_t)
+        (eps_y, v), (eps_null, _) = (split(out, x_t) for out in both(model, x_t, t, y, null_class))
         eps_hat = eps_null + guidance * (eps_y - eps_null)
         return eps_hat if v is None else torch.cat([eps_hat, v], dim=1)
 
     return conditional_and_null
+
+
+def both(model: Model, x_t: Tensor, t: Tensor, y: Tensor, null_class: int) -> tuple[Tensor, ...]:
+    """The network's outputs for y and for the null class, from one call."""
+    return model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null_class)])).chunk(2)
 
 
 class GaussianDiffusion:
@@ -137,18 +140,18 @@ class GaussianDiffusion:
         return t, torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
 
     def loss(self, model: Model, x_0: Tensor, y: Tensor, t: Tensor, eps: Tensor,
-             kind: Literal["l1", "mse"] = "l1", min_snr: float = 0.0) -> Tensor:
+             kind: Literal["l1", "mse"] = "l1", min_snr: float = 0.0, target: Tensor | None = None) -> Tensor:
         """Mean distance between eps and its prediction (DDPM Algorithm 1, line 5; eq. 14 for "mse"). A scalar.
 
         x_0: (N, C, H, W) in [-1, 1]; y, t: (N,); eps: (N, C, H, W). min_snr, if it is not 0, is the gamma of min-SNR
         weights (Hang et al. 2023): an image counts min(SNR_t, gamma) / SNR_t, so that the fine grain, learned at small t,
-        does not outweigh the shape of the image, learned at larger t.
+        does not outweigh the shape of the image, learned at larger t. target: what to predict in the place of eps.
         """
         distance = {"l1": F.l1_loss, "mse": F.mse_loss}[kind]
         x_t = self.q_sample(x_0, t, eps)
         out = model(x_t, t, y)
         eps_hat, v = split(out, x_t)
-        each = distance(eps_hat, eps, reduction="none")
+        each = distance(eps_hat, eps if target is None else target, reduction="none")
         if min_snr:
             snr = self.alpha_bar / (1 - self.alpha_bar)
             each = _at(snr.clamp(max=min_snr) / snr, t, x_0) * each
@@ -157,6 +160,18 @@ class GaussianDiffusion:
         # L_simple + 0.001 L_vlb (iDDPM eq. 16): one term of the T in L_vlb, so T times 0.001; the mean is left to L_simple
         term = bound_term(self, torch.cat([eps_hat.detach(), v], dim=1), x_0, x_t, t, clip=False)
         return each.mean() + 0.001 * len(self) * term.mean()
+
+    @torch.no_grad()
+    def guided_target(self, model: Model, x_0: Tensor, y: Tensor, t: Tensor, eps: Tensor, guidance: float,
+                      null_class: int) -> Tensor:
+        """What to predict in the place of eps, to need no guidance when sampling (model-guidance, Tang et al. 2025, eq. 13).
+
+        eps + w (eps(y) - eps(null)), both from the averaged `model`. A network that predicts the mean of that draws with one
+        evaluation a step what `guided` draws of the same network trained on eps with two, at guidance = 1 / (1 - w).
+        """
+        x_t = self.q_sample(x_0, t, eps)
+        eps_y, eps_null = (split(out, x_t)[0] for out in both(model, x_t, t, y, null_class))
+        return eps + (1 - 1 / guidance) * (eps_y - eps_null)
 
     # Reverse process
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import CheckpointError
+from checkpoint import CheckpointError, load_model
 from config import ModelConfig, T, TrainConfig, pick_device
 from dataset import DataError, Digits, load_mnist
 from diffusion import GaussianDiffusion
@@ -75,13 +75,17 @@ def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> Non
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
-def add_gradients(network: nn.Module, diffusion: GaussianDiffusion, batch: list[Tensor], cfg: TrainConfig) -> Tensor:
+def add_gradients(network: nn.Module, averaged: nn.Module, diffusion: GaussianDiffusion, batch: list[Tensor],
+                  cfg: TrainConfig) -> Tensor:
     """The loss of a batch (x_0, y, t, eps), after its gradients have been added to the parameters'."""
     total = torch.zeros((), device=batch[0].device)
     parts = pieces(*batch)
     for part in parts:
         with precision(cfg, total.device):
-            loss = diffusion.loss(network, *part, cfg.loss, cfg.min_snr) / len(parts)
+            target = None
+            if cfg.guidance != 1:
+                target = diffusion.guided_target(averaged, *part, cfg.guidance, null_class=cfg.model.num_classes)
+            loss = diffusion.loss(network, *part, cfg.loss, cfg.min_snr, target) / len(parts)
         loss.backward()
         total += loss.detach()
     return total
@@ -111,6 +115,8 @@ class Run:
     def __init__(self, cfg: TrainConfig, device: torch.device):
         torch.manual_seed(cfg.seed)  # initial weights, t, eps, dropped labels
         self.model = DiT(cfg.model).to(device).train()
+        if cfg.start_from:
+            self.model.load_state_dict(load_model(cfg.start_from)[0].state_dict())
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizers = make_optimizers(self.model, cfg)
         self.shuffle = torch.Generator().manual_seed(cfg.seed)
@@ -201,7 +207,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
                 x_0, y = train_set[index]
                 t, eps = diffusion.draw_t_and_eps(x_0)
                 y = run.model.y_embedder.drop(y)
-                loss = add_gradients(network, diffusion, ranks.share(x_0, y, t, eps), cfg)
+                loss = add_gradients(network, averaged, diffusion, ranks.share(x_0, y, t, eps), cfg)
                 for optimizer in run.optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(run.step, total_steps, cfg)

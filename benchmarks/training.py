@@ -39,7 +39,7 @@ def training_step(cfg: TrainConfig, device: torch.device, fast: bool):
     def gradients():
         x_0 = images.float() / 127.5 - 1
         t, eps = diffusion.draw_t_and_eps(x_0)
-        add_gradients(network, diffusion, [x_0, model.y_embedder.drop(labels), t, eps], cfg)
+        add_gradients(network, ema, diffusion, [x_0, model.y_embedder.drop(labels), t, eps], cfg)
 
     def step():
         gradients()
