@@ -80,8 +80,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=positive_int,
         help=f"sampling steps, at most {T} (default: {', '.join(f'{n} for {name}' for name, n in STEPS.items())})")
     add("--eta", type=float, default=0.0, help=f"noise of ddim, from 0, none, to 1, as much as ddpm {default}")
-    add("--guidance", type=float, default=GUIDANCE, metavar="S", help="strength of eps(null) + S (eps(digit) - eps(null)): "
-        f"1 is none, more makes digits more typical and less varied {default}")
+    add("--guidance", type=float, metavar="S", help="strength of eps(null) + S (eps(digit) - eps(null)): 1 is none, more "
+        f"makes digits more typical and less varied (default: 1 for weights that learned guidance, else {GUIDANCE:g})")
     add("--seed", type=int, default=0, help=f"of the noise {default}")
     add("--checkpoint", type=Path, default=Path("model.pth"), help=f"the weights {default}")
     add("--device", default="auto", help=f"cpu, cuda, mps, ...; auto is a GPU when there is one {default}")
@@ -99,7 +99,7 @@ def check_sampling_options(parser: argparse.ArgumentParser, args: argparse.Names
         parser.error(f"argument --eta: must lie in [0, 1], not {args.eta}")
     if args.eta and args.sampler != "ddim":
         parser.error("argument --eta: goes with --sampler ddim")
-    if not 0 <= args.guidance <= 100:
+    if args.guidance is not None and not 0 <= args.guidance <= 100:
         parser.error(f"argument --guidance: must lie in [0, 100], not {args.guidance}")
     if not 0 <= args.seed < 2**63:
         parser.error(f"argument --seed: must lie in [0, 2^63), not {args.seed}")

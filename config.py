@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 T = 1000  # diffusion steps, DDPM section 4
 MNIST_IMAGES, MNIST_TEST_IMAGES = 60_000, 10_000
 STEPS = {"ddpm": T, "ddim": 50}  # of the samplers, unless told
-GUIDANCE = 1.5  # of the scripts, unless told; README, "How good the digits are", has what it does for our weights
+GUIDANCE = 1.5  # of the scripts, unless told, for weights that did not learn to do without it
 
 
 def option(default, help, **argparse_settings):
@@ -69,8 +69,8 @@ class TrainConfig:
     batch_size: int = option(300, "images a step; the rest of an epoch that fills no batch is left out")
     loss: str = option("l1", "distance between the noise and its prediction; the papers have mse", choices=("l1", "mse"))
     min_snr: float = option(0.0, "weight of a timestep in the loss: min(SNR, MIN_SNR) / SNR; 0 for 1, as in the papers")
-    guidance: float = option(1.0, "strength of guidance that the network learns to do by itself, so that sampling takes one "
-                             "evaluation a step; 1 for none")
+    learn_guidance: float = option(1.0, "train the network to give, in one evaluation a step, what guidance of this "
+                                   "strength gives in two; 1 for none")
     start_from: str = option("", "checkpoint whose weights to begin with, in the place of random ones")
     optimizer: str = option("adamw", "AdamW without weight decay for all, or Muon for the matrices of the blocks",
                             choices=("adamw", "muon"))
@@ -100,11 +100,13 @@ class TrainConfig:
         _require(self.limit == 0 or self.batch_size <= self.limit,
                  f"batch_size {self.batch_size} is more than the {self.limit} images that limit leaves")
         _require(0 <= self.min_snr < math.inf, f"min_snr must be 0 or positive and finite, not {self.min_snr}")
-        _require_within(self, "guidance", 1, 100)
+        _require_within(self, "learn_guidance", 1, 100)
+        _require(self.learn_guidance == 1 or (self.model.class_dropout_prob > 0 and not self.model.learn_sigma),
+                 "learn_guidance needs a class_dropout_prob above 0, and no learn_sigma")
         _require(0 < self.lr < math.inf, f"lr must be positive and finite, not {self.lr}")
         _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), not {self.ema_decay}")
         _require(self.model.image_size >= 28 and self.model.image_size % 2 == 0,
-                 f"image_size must be even and at least 28, not {self.model.image_size}: all borders are the same")
+                 f"image_size must be even and at least 28, not {self.model.image_size}: all four borders are equal")
         _require((self.model.in_channels, self.model.num_classes) == (1, 10), "train.py trains on 1 channel and 10 classes")
 
 

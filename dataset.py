@@ -1,4 +1,4 @@
-"""MNIST as two tensors on the device: 47 MB need no loader processes."""
+"""MNIST as a tensor of images and one of labels, on the device: 47 MB need no loader processes."""
 
 import struct
 import zlib
@@ -12,13 +12,15 @@ from torch.nn import functional as F
 from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 from torchvision.datasets.utils import check_integrity
 
+KINDS = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}
+
 
 class DataError(Exception):
     """The data set is missing or damaged; the message names the file and the remedy."""
 
 
 class Digits:
-    """images: (N, 1, 28, 28) uint8; labels: (N,) int64 in [0, 10)."""
+    """images: (N, 1, H, W) uint8; labels: (N,) int64 in [0, 10)."""
 
     def __init__(self, images: Tensor, labels: Tensor):
         self.images = images
@@ -40,12 +42,14 @@ class Digits:
 
 def load_mnist(train: bool, data_dir: str | Path = "mnist", device: str | torch.device = "cpu", limit: int = 0,
                dataset: str = "mnist", image_size: int = 28) -> Digits:
-    """The 60,000 training or 10,000 test images, or the first `limit` of them, in the middle of image_size x image_size.
+    """The 60,000 training or 10,000 test images, or the first `limit` of them, padded with black to image_size.
 
     dataset: "mnist", whose archives lie in data_dir/MNIST/raw/ and are unpacked there at the first use, without a network;
     "fashion-mnist" or "kmnist", which torchvision downloads. DataError if a file is missing or damaged.
     """
-    kind = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}[dataset]
+    if dataset not in KINDS:
+        raise DataError(f"there is no data set {dataset!r}; it must be one of {', '.join(KINDS)}")
+    kind = KINDS[dataset]
     raw = Path(data_dir) / kind.__name__ / "raw"
     for name, md5 in kind.resources:
         if kind is MNIST or (raw / name).exists():

@@ -20,31 +20,7 @@ from config import T
 from vlb import bound_term
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
-Time = Tensor | int  # (N,) ints in [0, T), or one for all images
-
-
-def guided(model: Model, guidance: float, null_class: int) -> Model:
-    """Classifier-free guidance of every channel of eps (CFG eq. 6 with guidance = 1 + w; DiT section 3.1, "s").
-
-    eps_hat = eps(null) + guidance * (eps(y) - eps(null)): 1 is the plain conditional model, 0 the unconditional one. A
-    predicted variance stays that of the conditional model, as in the paper's code.
-    """
-    if guidance == 1:
-        return model  # the two cases that need one evaluation a step, not two
-    if guidance == 0:
-        return lambda x_t, t, y: model(x_t, t, torch.full_like(y, null_class))
-
-    def conditional_and_null(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        (eps_y, v), (eps_null, _) = (split(out, x_t) for out in both(model, x_t, t, y, null_class))
-        eps_hat = eps_null + guidance * (eps_y - eps_null)
-        return eps_hat if v is None else torch.cat([eps_hat, v], dim=1)
-
-    return conditional_and_null
-
-
-def both(model: Model, x_t: Tensor, t: Tensor, y: Tensor, null_class: int) -> tuple[Tensor, ...]:
-    """The network's outputs for y and for the null class, from one call."""
-    return model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null_class)])).chunk(2)
+Time = Tensor | int  # (N,) ints in [0, T), or one for all images; of a respaced chain, the number of one of its times
 
 
 class GaussianDiffusion:
@@ -115,7 +91,8 @@ class GaussianDiffusion:
     def log_variance(self, x_t: Tensor, t: Time, v: Tensor | None = None) -> Tensor | float:
         """log Sigma(x_t, t): log beta_tilde, or with v between it and log beta (iDDPM eq. 15).
 
-        v lies in [-1, 1], as in the papers' code, where eq. 15 has [0, 1]: a network that predicts 0 is in the middle.
+        As in the papers' code, v = -1 stands for beta_tilde and v = 1 for beta, where eq. 15 has 0 and 1: a network that
+        predicts 0 is in the middle. Nothing keeps v between them.
         """
         low = _at(self.log_beta_tilde, t, x_t)
         if v is None:
@@ -143,9 +120,10 @@ class GaussianDiffusion:
              kind: Literal["l1", "mse"] = "l1", min_snr: float = 0.0, target: Tensor | None = None) -> Tensor:
         """Mean distance between eps and its prediction (DDPM Algorithm 1, line 5; eq. 14 for "mse"). A scalar.
 
-        x_0: (N, C, H, W) in [-1, 1]; y, t: (N,); eps: (N, C, H, W). min_snr, if it is not 0, is the gamma of min-SNR
-        weights (Hang et al. 2023): an image counts min(SNR_t, gamma) / SNR_t, so that the fine grain, learned at small t,
-        does not outweigh the shape of the image, learned at larger t. target: what to predict in the place of eps.
+        Of the whole chain, not of a respaced one. x_0: (N, C, H, W) in [-1, 1]; y, t: (N,); eps: (N, C, H, W). min_snr,
+        if it is not 0, is the gamma of min-SNR weights (Hang et al. 2023): an image counts min(SNR_t, gamma) / SNR_t, so
+        that the fine grain, learned at small t, does not outweigh the shape of the image, learned at larger t. target:
+        what to predict in the place of eps.
         """
         distance = {"l1": F.l1_loss, "mse": F.mse_loss}[kind]
         x_t = self.q_sample(x_0, t, eps)
@@ -164,10 +142,10 @@ class GaussianDiffusion:
     @torch.no_grad()
     def guided_target(self, model: Model, x_0: Tensor, y: Tensor, t: Tensor, eps: Tensor, guidance: float,
                       null_class: int) -> Tensor:
-        """What to predict in the place of eps, to need no guidance when sampling (model-guidance, Tang et al. 2025, eq. 13).
+        """What to predict in the place of eps, so that sampling needs no guidance (model-guidance, Tang et al. 2025).
 
-        eps + w (eps(y) - eps(null)), both from the averaged `model`. A network that predicts the mean of that draws with one
-        evaluation a step what `guided` draws of the same network trained on eps with two, at guidance = 1 / (1 - w).
+        eps + w (eps(y) - eps(null)), both from the averaged `model`. A network that is trained on it predicts for y, once
+        the average has caught up, what `guided` makes of a network trained on eps, at guidance = 1 / (1 - w).
         """
         x_t = self.q_sample(x_0, t, eps)
         eps_y, eps_null = (split(out, x_t)[0] for out in both(model, x_t, t, y, null_class))
@@ -178,8 +156,8 @@ class GaussianDiffusion:
     def ddpm_step(self, x_t: Tensor, t: Time, out: Tensor, z: Tensor, clip: bool = True) -> Tensor:
         """x_t-1 ~ p(x_t-1 | x_t) (DDPM Algorithm 2, line 4). out: the network's; z ~ N(0, I), not used at t = 0."""
         mean, log_variance = self.p_mean_log_variance(x_t, t, out, clip)
-        noisy = _at((self.alpha_bar_prev < 1).double(), t, x_t)  # 0 for the step to x_0, else 1
-        return mean + noisy * math.e ** (log_variance / 2) * z
+        noisy = _at((self.beta_tilde > 0).double(), t, x_t)  # 0 for the step to x_0, else 1
+        return mean + noisy * math.e ** (log_variance / 2) * z  # exp of a tensor, or of a float
 
     def ddim_step(self, x_t: Tensor, t: Time, out: Tensor, z: Tensor, clip: bool = True, eta: float = 0.0) -> Tensor:
         """x_t-1 from x_t (DDIM eq. 12, whose alpha is DDPM's alpha_bar); z ~ N(0, I). out: as in `ddpm_step`.
@@ -229,6 +207,30 @@ class GaussianDiffusion:
         if on_step:
             on_step(0, x_t)
         return x_t
+
+
+def guided(model: Model, guidance: float, null_class: int) -> Model:
+    """Classifier-free guidance (CFG eq. 6 with guidance = 1 + w; DiT section 3.1, "s"), of every channel of eps.
+
+    eps_hat = eps(null) + guidance * (eps(y) - eps(null)): 1 is the plain conditional model, 0 the unconditional one. A
+    predicted variance stays that of the conditional model, as in the paper's code.
+    """
+    if guidance == 1:
+        return model  # the two cases that need one evaluation a step, not two
+    if guidance == 0:
+        return lambda x_t, t, y: model(x_t, t, torch.full_like(y, null_class))
+
+    def conditional_and_null(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        (eps_y, v), (eps_null, _) = (split(out, x_t) for out in both(model, x_t, t, y, null_class))
+        eps_hat = eps_null + guidance * (eps_y - eps_null)
+        return eps_hat if v is None else torch.cat([eps_hat, v], dim=1)
+
+    return conditional_and_null
+
+
+def both(model: Model, x_t: Tensor, t: Tensor, y: Tensor, null_class: int) -> tuple[Tensor, ...]:
+    """The network's outputs for y and for the null class, from one call."""
+    return model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null_class)])).chunk(2)
 
 
 def split(out: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, check_writable, load_checkpoint, save_checkpoint, write_atomically
-from config import MNIST_TEST_IMAGES, T, pick_device
+from checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_atomically
+from config import MNIST_TEST_IMAGES, T
 from dataset import DataError, Digits, load_mnist
 from diffusion import GaussianDiffusion
 from dit import DiT
-from inference import generate, load_drawing_model, show_canvas, tile
+from inference import GAP, check_places, generate, load_drawing_model, show_canvas, tile
 from speed import compiled, keep_freed_memory, tabulated
 from vlb import bits_per_dimension
 
@@ -70,7 +70,7 @@ def shaken(images: Tensor) -> Tensor:
     return F.grid_sample(images + 1, grid, align_corners=False) - 1  # what comes in from outside is black
 
 
-def trained_recogniser(file: Path, train_set: Digits, test_set: Digits, epochs: int = EPOCHS) -> Recogniser:
+def trained_recogniser(file: Path, train_set: Digits, epochs: int = EPOCHS) -> Recogniser:
     """The recogniser kept in `file`, or a new one, trained on the real training images and kept there."""
     device = train_set.images.device
     with torch.random.fork_rng(devices=[]):
@@ -173,13 +173,14 @@ def evaluate(images: Tensor, labels: Tensor, judge: Recogniser, train_set: Digit
 
 
 def draw_neighbours(path: Path, images: Tensor, labels: Tensor, training: Tensor) -> None:
-    """Two columns of five for each digit asked for: drawn images, each beside its three nearest training images."""
+    """A row for each digit asked for: two drawn images, each beside the three training images nearest to it."""
     chosen = torch.cat([torch.where(labels == digit)[0][:2] for digit in range(10)])
     training_flat = training.flatten(1)
     order = torch.cdist(images[chosen].flatten(1), training_flat).topk(3, largest=False).indices
     rows = torch.cat([images[chosen][:, None], training[order]], dim=1)  # (20, 4, 1, 28, 28)
     figure, axes = show_canvas(tile(rows.flatten(0, 1).cpu(), columns=8), left=0, top=22)
-    axes.set_xticks([15 + 30 * column for column in range(8)], labels=["drawn", "1st", "2nd", "3rd"] * 2)
+    side = images.shape[-1]
+    axes.set_xticks([i * (side + GAP) + side / 2 for i in range(8)], labels=["drawn", "1st", "2nd", "3rd"] * 2)
     figure.savefig(path)
 
 
@@ -214,13 +215,14 @@ def bound(model: DiT, digits: Digits, seed: int) -> float:
 def load_images(path: Path, device: torch.device) -> tuple[Tensor, Tensor, str]:
     """What --save-images wrote: images, labels, and the name of the data set. CheckpointError if it is something else."""
     content = load_checkpoint(path, {"images": Tensor, "labels": Tensor})
-    images, labels = content["images"], content["labels"]
-    if images.shape != (len(labels), 1, 28, 28) or not images.is_floating_point() or labels.dtype != torch.int64 or \
-            not images.isfinite().all() or not LEAST_IMAGES <= len(labels) <= MOST_IMAGES or \
-            labels.unique().tolist() != list(range(10)):
+    images, labels, dataset = content["images"], content["labels"], content.get("dataset", "mnist")
+    fits = (images.shape == (len(labels), 1, 28, 28) and images.is_floating_point() and images.isfinite().all()
+            and LEAST_IMAGES <= len(labels) <= MOST_IMAGES and labels.dtype == torch.int64
+            and labels.unique().tolist() == list(range(10)))
+    if not fits:
         raise CheckpointError(f"{path} does not hold {LEAST_IMAGES} to {MOST_IMAGES} images (N, 1, 28, 28) and their labels "
                               "(N,), each digit among them")
-    return images.float().clamp(-1, 1).to(device), labels.to(device), str(content.get("dataset", "mnist"))
+    return images.float().clamp(-1, 1).to(device), labels.to(device), dataset
 
 
 def print_table(results: dict[str, dict]) -> None:
@@ -237,30 +239,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"argument --n: must lie in [{LEAST_IMAGES}, {MOST_IMAGES}], not {args.n}")
     if not 0 <= args.bpd <= MNIST_TEST_IMAGES:
         parser.error(f"argument --bpd: must lie in [1, {MNIST_TEST_IMAGES}], not {args.bpd}")
-    for path in filter(None, (args.json, args.neighbours, args.save_images)):
-        if path.absolute() == args.checkpoint.absolute():
-            parser.error(f"{path} is the checkpoint: choose another place for what is measured")
-        try:
-            check_writable(path)
-        except OSError as error:
-            parser.error(str(error))
     if args.neighbours and args.neighbours.suffix.lower() != ".png":
         parser.error(f"argument --neighbours: {args.neighbours} must end in .png")
-    try:
-        args.device = pick_device(args.device)
-    except ValueError as error:
-        parser.error(f"argument --device: {error}")
+    check_places(parser, args, args.json, args.neighbours, args.save_images)
     return args
 
 
 def measure(args: argparse.Namespace) -> None:
-    if args.images:
-        images, labels, dataset = load_images(args.images, args.device)
     if args.bpd or not args.images:
         model, info = load_drawing_model(args)
         dataset = info["recipe"].get("dataset", "mnist")
+    if args.images:
+        images, labels, drawn = load_images(args.images, args.device)
+        if args.bpd and drawn != dataset:
+            raise CheckpointError(f"{args.images} holds images of {drawn}, and {args.checkpoint} was trained on {dataset}")
+        dataset = drawn
     train_set, test_set = (load_mnist(train, args.data_dir, args.device, dataset=dataset) for train in (True, False))
-    judge = trained_recogniser(Path(args.data_dir) / f"recogniser.{dataset}.pth", train_set, test_set)
+    judge = trained_recogniser(Path(args.data_dir) / f"recogniser.{dataset}.pth", train_set)
     if not args.images:
         images, labels = draw_images(model, args.n, args.seed, sampler=args.sampler, steps=args.steps, eta=args.eta,
                                      guidance=args.guidance, compile=args.n * args.steps >= WORTH_COMPILING)

@@ -1,6 +1,6 @@
 """Draw digits from a checkpoint: reverse diffusion from pure noise, shown step by step in inference.png.
 
-    python inference.py                                      one image a digit, 1000 steps of DDPM, guidance 1.5
+    python inference.py                                      one image a digit, 1000 steps of DDPM
     python inference.py --sampler ddim --steps 50 --digits 3 7 --per-digit 4 --gif digits.gif
 """
 
@@ -37,13 +37,13 @@ GAP, ZOOM = 2, 2  # pixels between two images; screen pixels a pixel
 
 
 def generate(model: DiT, labels: Tensor, *, sampler: str = "ddpm", steps: int | None = None, eta: float = 0.0,
-             guidance: float = GUIDANCE, seed: int = 0, on_step: Callable[[int, Tensor], None] | None = None,
+             guidance: float = 1.0, seed: int = 0, on_step: Callable[[int, Tensor], None] | None = None,
              compile: bool = False) -> Tensor:
     """Draw one image a label. labels: (N,) ints in [0, num_classes]; returns (N, C, H, W) in [-1, 1].
 
     sampler, steps: "ddpm" (1000 unless given) or "ddim" (50); eta: of ddim; on_step(t, x_t): see
     `GaussianDiffusion.ddpm_sample`; compile: worth its half a minute for thousands of images. ValueError for a sampler,
-    steps or eta that there is not.
+    steps or eta out of range.
     """
     config, device = model.config, model.pos_embed.device
     if sampler not in STEPS:
@@ -136,9 +136,15 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         parser.error(f"argument --output: {args.output} must end in .png, .jpg, .pdf or .svg")
     if args.gif and args.gif.suffix.lower() != ".gif":
         parser.error(f"argument --gif: {args.gif} must end in .gif")
-    for path in filter(None, (args.output, args.gif)):
+    check_places(parser, args, args.output, args.gif)
+    return parser, args
+
+
+def check_places(parser: argparse.ArgumentParser, args: argparse.Namespace, *files: Path | None) -> None:
+    """Exit with a sentence if one of the files could not be written or there is no such device; turn its name into it."""
+    for path in filter(None, files):
         if path.absolute() == args.checkpoint.absolute():
-            parser.error(f"{path} is the checkpoint: choose another place for the picture")
+            parser.error(f"{path} is the checkpoint: choose another place")
         try:
             check_writable(path)
         except OSError as error:
@@ -147,36 +153,23 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         args.device = pick_device(args.device)
     except ValueError as error:
         parser.error(f"argument --device: {error}")
-    return parser, args
 
 
 def load_drawing_model(args: argparse.Namespace) -> tuple[DiT, dict]:
-    """The network of the command line and the other entries of its checkpoint. CheckpointError if it cannot draw so."""
+    """The network of the command line and the other entries of its checkpoint; fills in the guidance that suits it.
+
+    CheckpointError if it cannot draw so.
+    """
     model, info = load_model(args.checkpoint, args.device)
     config = model.config
     if config.in_channels != 1 or config.num_classes != 10 or config.image_size < 28:
         raise CheckpointError(f"{args.checkpoint} is of a network for other images than MNIST's")
+    if args.guidance is None:
+        args.guidance = GUIDANCE if config.class_dropout_prob and info["recipe"].get("learn_guidance", 1) == 1 else 1.0
     if config.class_dropout_prob == 0 and args.guidance != 1:
         raise CheckpointError(f"{args.checkpoint} was trained without dropped labels, so that there is nothing to guide "
                               "with: use --guidance 1")
     return model, info
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser, args = parse_args(argv)
-    keep_freed_memory()
-    try:
-        model, info = load_drawing_model(args)
-        for digit in args.digits:
-            if not 0 <= digit < model.config.num_classes:
-                parser.error(f"argument --digits: must lie in [0, {model.config.num_classes}), not {digit}")
-        draw(model, info, args)
-    except (CheckpointError, OSError) as error:
-        print(f"inference.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
 
 
 def draw(model: DiT, info: dict, args: argparse.Namespace) -> None:
@@ -201,6 +194,23 @@ def draw(model: DiT, info: dict, args: argparse.Namespace) -> None:
         in_a_row = args.per_digit if args.per_digit > 1 else len(args.digits)
         write_atomically(args.gif, lambda path: draw_animation(path, in_a_row, frames.times, frames.images))
         print(f"wrote {args.gif}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser, args = parse_args(argv)
+    keep_freed_memory()
+    try:
+        model, info = load_drawing_model(args)
+        for digit in args.digits:
+            if not 0 <= digit < model.config.num_classes:
+                parser.error(f"argument --digits: must lie in [0, {model.config.num_classes}), not {digit}")
+        draw(model, info, args)
+    except (CheckpointError, OSError) as error:
+        print(f"inference.py: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class RunFiles:
         return content
 
     def save_run(self, state: dict, ema: DiT, step: int) -> None:
-        """The state first: a crash between the two leaves a model.pth that is older, which `save_weights` makes good."""
+        """The state first: a crash between the two leaves an older model.pth, which is replaced at resume."""
         save_checkpoint(self.state, {**state, "recipe": asdict(self.cfg)})
         self.save_weights(ema, step)
 
@@ -128,8 +128,9 @@ def draw_curve(path: Path, curve: list[dict], cfg: TrainConfig) -> None:
     """Both losses against the epoch."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    weighted = f", times weighted by min-SNR {cfg.min_snr:g}" if cfg.min_snr else ""
-    for name, label in (("train_loss", f"training images{weighted}"),
+    weighted = f", weighted by min-SNR {cfg.min_snr:g}" if cfg.min_snr else ""
+    guided = f", noise as guided by {cfg.learn_guidance:g}" if cfg.learn_guidance != 1 else ""
+    for name, label in (("train_loss", f"training images{guided}{weighted}"),
                         ("test_loss", "test images, averaged network, the same t and noise at every epoch")):
         axes.plot([row["epoch"] for row in curve], [row[name] for row in curve], ".-", label=label)
     axes.set(xlabel="epoch", ylabel=f"{cfg.loss} loss of the noise", yscale="log")

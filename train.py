@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, load_model
+from checkpoint import CheckpointError, check_weights, load_model
 from config import ModelConfig, T, TrainConfig, pick_device
 from dataset import DataError, Digits, load_mnist
 from diffusion import GaussianDiffusion
@@ -83,8 +83,8 @@ def add_gradients(network: nn.Module, averaged: nn.Module, diffusion: GaussianDi
     for part in parts:
         with precision(cfg, total.device):
             target = None
-            if cfg.guidance != 1:
-                target = diffusion.guided_target(averaged, *part, cfg.guidance, null_class=cfg.model.num_classes)
+            if cfg.learn_guidance != 1:
+                target = diffusion.guided_target(averaged, *part, cfg.learn_guidance, null_class=cfg.model.num_classes)
             loss = diffusion.loss(network, *part, cfg.loss, cfg.min_snr, target) / len(parts)
         loss.backward()
         total += loss.detach()
@@ -103,8 +103,7 @@ def held_out_loss(model: nn.Module, diffusion: GaussianDiffusion, digits: Digits
     total = 0.0
     for start in range(0, len(digits), HELD_OUT_BATCH):
         x_0, y = digits[start:start + HELD_OUT_BATCH]
-        t = torch.randint(len(diffusion), (len(y),), generator=generator).to(y.device)
-        eps = torch.randn(x_0.shape, generator=generator).to(y.device)
+        t, eps = (drawn.to(y.device) for drawn in diffusion.draw_t_and_eps(x_0.cpu(), generator))
         total += diffusion.loss(model, x_0, y, t, eps, kind).item() * len(y)
     return total / len(digits)
 
@@ -115,8 +114,6 @@ class Run:
     def __init__(self, cfg: TrainConfig, device: torch.device):
         torch.manual_seed(cfg.seed)  # initial weights, t, eps, dropped labels
         self.model = DiT(cfg.model).to(device).train()
-        if cfg.start_from:
-            self.model.load_state_dict(load_model(cfg.start_from)[0].state_dict())
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizers = make_optimizers(self.model, cfg)
         self.shuffle = torch.Generator().manual_seed(cfg.seed)
@@ -126,6 +123,13 @@ class Run:
         self.curve: list[dict] = []  # the rows of loss.csv, one an epoch
         self.earlier_seconds = 0.0  # in the processes before a resume
         self.started = time.monotonic()
+
+    def start_from(self, path: str) -> None:
+        """Begin with the weights of a checkpoint of the same network."""
+        weights = load_model(path)[0].state_dict()
+        check_weights(path, weights, self.model)
+        for network in (self.model, self.ema):
+            network.load_state_dict(weights)
 
     def seconds(self) -> float:
         return self.earlier_seconds + time.monotonic() - self.started
@@ -151,6 +155,27 @@ class Run:
         torch.set_rng_state(state["random"])
         if self.loss_sum.is_cuda and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.loss_sum.device)
+
+
+def compiled_networks(run: Run, cfg: TrainConfig, share: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]
+                      ) -> tuple[nn.Module, nn.Module]:
+    """The network and its average, compiled for the batches that they will see; as they are where that does not work.
+
+    share, held_out: (x_0, y) of the size of this process's share of a batch, and of a batch of `held_out_loss`.
+    """
+    x_0, y = share
+    piece = pieces(x_0, torch.zeros_like(y), y)[0]
+    with precision(cfg, y.device):
+        network = compiled(run.model, *piece)
+    if network is run.model:
+        return run.model, run.ema
+    x_0, y = held_out
+    with torch.no_grad():
+        averaged = compiled(run.ema, x_0, torch.zeros_like(y), y)
+        if cfg.learn_guidance != 1:
+            with precision(cfg, y.device):
+                averaged(*(torch.cat([values, values]) for values in piece))
+    return network, averaged
 
 
 def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) -> DiT:
@@ -182,17 +207,14 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
         if ranks.leads:
             files.save_weights(run.ema, run.step)  # a crash may have come between the state and these
             tqdm.write(f"resumed at step {run.step} of {total_steps}")
-    elif ranks.leads:
-        files.start_anew()
+    else:
+        if cfg.start_from:
+            run.start_from(cfg.start_from)
+        if ranks.leads:
+            files.start_anew()
     network, averaged = run.model, run.ema
     if cfg.compile:
-        x_0, y = train_set[:cfg.batch_size // ranks.size]
-        with precision(cfg, device):
-            network = compiled(network, *pieces(x_0, torch.zeros_like(y), y)[0])
-        if network is not run.model:
-            x_0, y = test_set[:HELD_OUT_BATCH]
-            with torch.no_grad():
-                averaged = compiled(averaged, x_0, torch.zeros_like(y), y)
+        network, averaged = compiled_networks(run, cfg, train_set[:cfg.batch_size // ranks.size], test_set[:HELD_OUT_BATCH])
     network = ranks.wrap(network)
 
     bar = tqdm(total=total_steps * cfg.batch_size, initial=run.step * cfg.batch_size, unit="img", unit_scale=True,
@@ -200,8 +222,9 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
     with bar, stop_signals() as signals:
         for epoch in range(len(run.curve) + 1, cfg.epochs + 1):
             bar.set_description(f"epoch {epoch}/{cfg.epochs}", refresh=False)
+            # An epoch that a stopped run had begun goes on after its first `done` batches, in the order drawn then.
             run.shuffle_at_epoch = run.shuffle.get_state()
-            done = run.step - (epoch - 1) * steps_an_epoch  # not 0 in an epoch that a stopped run had begun
+            done = run.step - (epoch - 1) * steps_an_epoch
             for index in islice(train_set.batches(cfg.batch_size, run.shuffle), done, None):
                 # DDPM Algorithm 1, with the dropped labels of CFG Algorithm 1
                 x_0, y = train_set[index]
@@ -218,7 +241,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
                 run.loss_sum += ranks.mean(loss)
                 done += 1
 
-                if bar.update(cfg.batch_size):
+                if bar.update(cfg.batch_size):  # true when it is drawn anew, twice a second at most
                     bar.set_postfix(loss=f"{finite(run.loss_sum / done, run.step, cfg):.4f}", refresh=False)
                 stop = ranks.any(bool(signals))
                 if run.step % cfg.checkpoint_every == 0 or run.step == total_steps or stop:

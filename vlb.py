@@ -25,11 +25,16 @@ def discretized_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor) 
     The outermost levels take the tails, so that the 256 weights sum to 1. In nats, for each value on its own.
     """
     inverse_std = torch.exp(-0.5 * log_variance)
-    upper = torch.special.ndtr((x_0 - mean + 1 / 255) * inverse_std)
-    lower = torch.special.ndtr((x_0 - mean - 1 / 255) * inverse_std)
-    upper = torch.where(x_0 > 0.999, torch.ones_like(upper), upper)
-    lower = torch.where(x_0 < -0.999, torch.zeros_like(lower), lower)
-    return (upper - lower).clamp(min=1e-12).log()
+
+    def below(difference: Tensor) -> Tensor:
+        """The weight of what lies below mean + difference; unlike torch.special.ndtr, exact for small ones in float32."""
+        return 0.5 * torch.special.erfc(-difference * inverse_std / math.sqrt(2))
+
+    difference, half = x_0 - mean, 1 / 255
+    # The same on both sides of the mean: computed below it, where small weights are differences of small numbers.
+    inside = below(half - difference.abs()) - below(-half - difference.abs())
+    weight = torch.where(x_0 < -0.999, below(difference + half), torch.where(x_0 > 0.999, below(half - difference), inside))
+    return weight.clamp(min=1e-12).log()
 
 
 def bound_term(chain: "GaussianDiffusion", out: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, clip: bool) -> Tensor:

@@ -17,18 +17,18 @@ from measure import about
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from checkpoint import load_model
-from config import GUIDANCE, pick_device
+from config import STEPS, pick_device
 from dataset import load_mnist
 from evaluate import accuracy, draw_images, frechet_distance, in_batches, spread, trained_recogniser
 from speed import keep_freed_memory
 
-STEP_COUNTS = {"ddpm": (10, 20, 50, 100, 250, 1000), "ddim": (10, 20, 50, 100, 250, 1000)}
+STEP_COUNTS = (10, 20, 50, 100, 250, 1000)
 STRENGTHS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)  # of guidance
 FIGURES = ("accuracy", "Frechet distance", "precision", "coverage")
 
 
 def draw_steps(axes: dict[str, Axes], rows: list[dict]) -> None:
-    for sampler in STEP_COUNTS:
+    for sampler in STEPS:
         of_sampler = [row for row in rows if row["sampler"] == sampler]
         for name, one in axes.items():
             one.plot([row["steps"] for row in of_sampler], [row[name] for row in of_sampler], "o-", label=sampler.upper())
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     add("what", choices=("steps", "guidance"))
     add("picture", type=Path, help="a .png file; the table goes beside it as .csv")
     add("--n", type=int, default=1000, help="images a point (default: 1000)")
-    add("--guidance", type=float, default=GUIDANCE, help=f"for steps (default: {GUIDANCE:g})")
+    add("--guidance", type=float, default=1.0, help="for steps (default: 1)")
     add("--seed", type=int, default=0)
     add("--checkpoint", type=Path, default=Path("model.pth"))
     add("--device", default="auto")
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     device = pick_device(args.device)
     train_set, test_set = (load_mnist(train, device=device) for train in (True, False))
-    judge = trained_recogniser(Path("mnist") / "recogniser.mnist.pth", train_set, test_set)
+    judge = trained_recogniser(Path("mnist") / "recogniser.mnist.pth", train_set)
     model, _ = load_model(args.checkpoint, device)
     test_images = test_set[:][0]
     test_features = in_batches(judge.features, test_images)
@@ -90,8 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         return {name: found[name] for name in FIGURES}
 
     if args.what == "steps":
-        settings = [{"sampler": sampler, "steps": n, "guidance": args.guidance} for sampler in STEP_COUNTS
-                    for n in STEP_COUNTS[sampler]]
+        settings = [{"sampler": sampler, "steps": n, "guidance": args.guidance} for sampler in STEPS
+                    for n in STEP_COUNTS]
     else:
         settings = [{"sampler": "ddim", "steps": 50, "guidance": strength} for strength in STRENGTHS]
     real = figures(*train_set[:args.n]) | {"accuracy": accuracy(judge, *test_set[:])[0]}  # it was trained on the former

@@ -64,12 +64,12 @@ def test_sampling_benchmark(guidance, capsys):
 def test_quality_pictures(what, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(quality, "trained_recogniser", lambda *arguments: Recogniser().eval())
-    monkeypatch.setattr(quality, "STEP_COUNTS", {"ddpm": (1, 2), "ddim": (1,)})
+    monkeypatch.setattr(quality, "STEP_COUNTS", (1, 2))
     monkeypatch.setattr(quality, "STRENGTHS", (1.0, 2.0))
     monkeypatch.setattr("inference.compiled", lambda model, *batch: model)
     monkeypatch.setattr(quality, "load_mnist", partial(load_mnist, limit=200))
     quality.main([what, str(tmp_path / "picture.png"), "--n", "100", "--device", "cpu"])
     rows = (tmp_path / "picture.csv").read_text().splitlines()
     assert rows[0] == "sampler,steps,guidance,accuracy,Frechet distance,precision,coverage"
-    assert len(rows) == (5 if what == "steps" else 4) and rows[-1].startswith("real images,,,")
+    assert len(rows) == (6 if what == "steps" else 4) and rows[-1].startswith("real images,,,")
     assert (tmp_path / "picture.png").stat().st_size > 5000

@@ -271,6 +271,37 @@ def test_guidance_leaves_a_predicted_variance_alone():
     assert v[:, 0, 0, 0].tolist() == [0, 10, 20]
 
 
+@pytest.mark.parametrize("guidance", [1.0, 1.4, 3.0])
+def test_a_network_that_learned_its_guided_target_needs_no_guidance(guidance):
+    """The mean of eps is known for each label: what the target converges to must be what `guided` makes of that mean."""
+    true = torch.tensor([0.3, -1.2, 0.7, 0.1])[:, None, None, None].expand(4, 1, 2, 2)  # three labels and the null class
+    x_0, y, t = torch.randn(4, 1, 2, 2), torch.arange(4), torch.tensor([0, 10, 500, 999])
+    learned = true
+    for _ in range(200):
+        learned = D.guided_target(lambda x_t, t, y, now=learned: now[y], x_0, y, t, true, guidance, null_class=3)
+    expected = guided(lambda x_t, t, y: true[y], guidance, null_class=3)(x_0, t, y)
+    torch.testing.assert_close(learned, expected)
+    assert torch.equal(learned[3], true[3])  # the null class has nothing to be guided by
+
+
+def test_guided_target_shows_the_network_x_t_and_leaves_a_variance_out(open_network):
+    x_0, eps = torch.randn(2, 3, 2, 12, 12)
+    t, y, seen = torch.tensor([1, 500, 999]), torch.tensor([0, 5, 2]), []
+
+    def with_variance(x_t, t, y):
+        seen.append(x_t)
+        return torch.cat([open_network(x_t, t, y), torch.full_like(x_t, 1e6)], dim=1)
+
+    target = D.guided_target(with_variance, x_0, y, t, eps, 2.0, null_class=5)
+    x_t = D.q_sample(x_0, t, eps)
+    torch.testing.assert_close(seen[0], torch.cat([x_t, x_t]))
+    expected = eps + 0.5 * (open_network(x_t, t, y) - open_network(x_t, t, torch.full_like(y, 5)))
+    torch.testing.assert_close(target, expected)
+    assert not target.requires_grad and torch.equal(target[1], eps[1])
+    loss = D.loss(open_network, x_0, y, t, eps, "mse", target=target)
+    assert loss.item() == pytest.approx(((open_network(x_t, t, y) - target) ** 2).mean().item(), rel=1e-5)
+
+
 # What a sampler hands out
 
 @pytest.mark.parametrize("name", ["ddpm_sample", "ddim_sample"])

@@ -25,7 +25,7 @@ def data():
 @pytest.fixture(scope="module")
 def judge(data, tmp_path_factory) -> Recogniser:
     """Three epochs on a few of the images: enough to tell digits apart."""
-    return trained_recogniser(tmp_path_factory.mktemp("judge") / "recogniser.pth", *data, epochs=3)
+    return trained_recogniser(tmp_path_factory.mktemp("judge") / "recogniser.pth", data[0], epochs=3)
 
 
 def distance(judge, data, images):
@@ -38,7 +38,7 @@ def distance(judge, data, images):
 def test_the_recogniser_reads_digits_and_is_kept(judge, data, tmp_path):
     file = tmp_path / "recogniser.pth"
     save_checkpoint(file, {"recogniser": judge.state_dict()})
-    again = trained_recogniser(file, *data)
+    again = trained_recogniser(file, data[0])
     images, labels = data[1][:]
     assert torch.equal(again(images), judge(images))
     share, each = evaluate.accuracy(judge, images, labels)
@@ -141,7 +141,7 @@ def test_nearest_two_against_a_loop(data):
 def quick(monkeypatch, judge, data):
     """evaluate.py with a few of the images and the judge of these tests."""
     monkeypatch.setattr(evaluate, "load_mnist", lambda train, data_dir, device, **settings: data[0] if train else data[1])
-    monkeypatch.setattr(evaluate, "trained_recogniser", lambda file, train_set, test_set: judge)
+    monkeypatch.setattr(evaluate, "trained_recogniser", lambda file, train_set: judge)
 
 
 def test_bound_is_the_mean_of_the_images(data, tiny_checkpoint):
@@ -193,14 +193,22 @@ def test_real_images_are_measured_as_real(tmp_path, call, quick, data):
     {"images": torch.zeros(5, 1, 28, 28), "labels": torch.full((5,), 10)},
     {"images": torch.full((5, 1, 28, 28), torch.nan), "labels": torch.zeros(5, dtype=torch.long)},
     {"images": torch.zeros(5, 1, 28, 28)},
-], ids=["shape", "count", "label", "nan", "none"])
-def test_files_that_hold_no_images(tmp_path, monkeypatch, refused, data, entries):
-    monkeypatch.setattr(evaluate, "load_mnist", lambda train, data_dir, device, **settings: data[0] if train else data[1])
+    {"images": torch.zeros(100, 1, 28, 28), "labels": torch.arange(100) % 10, "dataset": "letters"},
+], ids=["shape", "count", "label", "nan", "none", "dataset"])
+def test_files_that_hold_no_images(tmp_path, monkeypatch, refused, entries):
     monkeypatch.setattr(evaluate, "trained_recogniser", lambda *args: Recogniser().eval())
     save_checkpoint(tmp_path / "bad.pt", entries)
     before = content(tmp_path)
-    refused(evaluate.main, 1, "bad.pt", "--images", tmp_path / "bad.pt", "--device", "cpu", "--json", tmp_path / "r.json")
+    words = "no data set 'letters'" if "dataset" in entries else "bad.pt"
+    refused(evaluate.main, 1, words, "--images", tmp_path / "bad.pt", "--device", "cpu", "--json", tmp_path / "r.json")
     assert content(tmp_path) == before
+
+
+def test_a_bound_and_images_of_another_data_set(tmp_path, refused, tiny_checkpoint):
+    images = tmp_path / "drawn.pt"
+    save_checkpoint(images, {"images": torch.zeros(100, 1, 28, 28), "labels": torch.arange(100) % 10, "dataset": "kmnist"})
+    refused(evaluate.main, 1, "holds images of kmnist", "--images", images, "--bpd", 10, "--checkpoint", tiny_checkpoint,
+            "--device", "cpu")
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -221,4 +229,4 @@ def test_the_kept_recogniser_is_good_enough():
     if not file.exists():
         pytest.skip("evaluate.py has not been run here")
     train_set, test_set = load_mnist(True, ROOT / "mnist"), load_mnist(False, ROOT / "mnist")
-    assert evaluate.accuracy(trained_recogniser(file, train_set, test_set), *test_set[:])[0] >= 0.995
+    assert evaluate.accuracy(trained_recogniser(file, train_set), *test_set[:])[0] >= 0.995

@@ -141,6 +141,18 @@ def test_it_says_what_it_did(draw, tiny_checkpoint, tmp_path):
     assert f"wrote {tmp_path / 'inference.png'}" in out
 
 
+@pytest.mark.parametrize(("learned", "dropped", "expected"), [(1.0, 0.1, "1.5"), (1.4, 0.1, "1"), (1.0, 0.0, "1")])
+def test_the_guidance_that_suits_the_weights_is_the_default(call, tiny_checkpoint, tmp_path, learned, dropped, expected):
+    model, info = load_model(tiny_checkpoint)
+    config = {**info["model_config"], "class_dropout_prob": dropped}
+    save_checkpoint(tmp_path / "other.pth", {"ema": model.state_dict(), "step": 3, "model_config": config,
+                                             "recipe": {**info["recipe"], "learn_guidance": learned}})
+    status, out, err = call(inference.main, "--checkpoint", tmp_path / "other.pth", "--output", tmp_path / "inference.png",
+                            "--device", "cpu", "--steps", 2)
+    assert status == 0, err
+    assert f"guidance {expected} in the convention" in out
+
+
 def test_generate_refuses_what_it_does_not_know(tiny_checkpoint, open_network):
     model, _ = load_model(tiny_checkpoint)
     for settings, words in (({"sampler": "DDIM"}, "sampler must be one of ddpm, ddim, not 'DDIM'"),

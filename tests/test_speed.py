@@ -186,7 +186,7 @@ def test_gradients_of_the_pieces_are_those_of_the_batch(min_snr, monkeypatch):
     for largest in (100, 1000):
         monkeypatch.setattr(speed, "LARGEST_PIECE", largest)
         model.zero_grad()
-        loss = train.add_gradients(model, diffusion, batch, cfg)
+        loss = train.add_gradients(model, model, diffusion, batch, cfg)
         found.append([loss, *(p.grad.clone() for p in model.parameters())])
     assert found[0][0].item() == pytest.approx(diffusion.loss(model, *batch, "mse", min_snr).item(), rel=1e-5)
     for of_pieces, of_batch in zip(*found, strict=True):

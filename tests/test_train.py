@@ -187,10 +187,11 @@ def test_a_signal_stops_after_saving(tmp_path, train_tiny, monkeypatch, number):
     assert signal.getsignal(number) is before
 
 
-@pytest.mark.parametrize(("step", "optimizer"), [  # 3 an epoch: also at its first and last step, and at the very end
-    (1, "muon"), (3, "adamw"), (4, "muon"), (8, "adamw"), (9, "muon")])
-def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, train_tiny, monkeypatch, step, optimizer):
-    options = ("--epochs", 3, "--optimizer", optimizer, "--lr", 0.01, "--warmup-steps", 5, "--lr-schedule", "cosine")
+@pytest.mark.parametrize(("step", "optimizer", "guidance"), [  # 3 an epoch: also at its first and last step, and at the end
+    (1, "muon", 1), (3, "adamw", 1), (4, "muon", 1.5), (8, "adamw", 2), (9, "muon", 1)])
+def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, train_tiny, monkeypatch, step, optimizer, guidance):
+    options = ("--epochs", 3, "--optimizer", optimizer, "--lr", 0.01, "--warmup-steps", 5, "--lr-schedule", "cosine",
+               "--learn-guidance", guidance)
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
     assert train_tiny(tmp_path / "whole", *options)[0] == 0
@@ -272,6 +273,47 @@ def test_a_stopped_run_is_named_when_a_new_one_starts(tmp_path, train_tiny):
     assert (tmp_path / "model.resume.old-1.pth").read_bytes() == state
 
 
+# Learned guidance, and weights to begin with
+
+def test_learned_guidance_makes_the_average_the_teacher(tmp_path, train_tiny, monkeypatch):
+    teachers = []
+    target = GaussianDiffusion.guided_target
+
+    def note(self, model, x_0, y, t, eps, guidance, null_class):
+        teachers.append(model)
+        assert (guidance, null_class) == (1.5, 10) and not model.training
+        return target(self, model, x_0, y, t, eps, guidance, null_class)
+
+    monkeypatch.setattr(GaussianDiffusion, "guided_target", note)
+    assert train_tiny(tmp_path)[0] == 0 and not teachers
+    status, _, err = train_tiny(tmp_path, "--learn-guidance", 1.5)
+    assert status == 0, err
+    assert len(teachers) == 3 and not any(p.requires_grad for p in teachers[0].parameters())
+    assert load_model(tmp_path / "model.pth")[1]["recipe"]["learn_guidance"] == 1.5
+
+
+def test_a_run_can_start_from_given_weights(tmp_path, train_tiny):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    given, found = tmp_path / "first" / "model.pth", tmp_path / "second" / "model.pth"
+    assert train_tiny(given.parent, "--lr", 0.01, "--ema-decay", 0.5)[0] == 0
+    options = ("--start-from", given, "--lr", 1e-9)
+    assert train_tiny(found.parent, *options)[0] == 0
+    before, after = (load_model(path)[0].state_dict() for path in (given, found))
+    assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
+    given.unlink()  # its weights are in the state by now
+    status, _, err = train_tiny(found.parent, *options, "--epochs", 2, "--resume")
+    assert status == 0, err
+
+
+def test_weights_that_cannot_begin_a_run_are_refused(tmp_path, train_tiny, refused):
+    (tmp_path / "first").mkdir()
+    assert train_tiny(tmp_path / "first")[0] == 0
+    for given, words in ((tmp_path / "first" / "model.pth", "does not fit its network"), ("nowhere.pth", "no checkpoint")):
+        refused(train.main, 1, words, "--checkpoint", tmp_path / "model.pth", *TINY, "--depth", 2, "--start-from", given)
+    assert not (tmp_path / "model.pth").exists()
+
+
 # What goes wrong
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, train_tiny):
@@ -341,6 +383,9 @@ def test_networks_that_mnist_does_not_train_are_refused(change, words):
     (("--lr", "fast"), "invalid float value: 'fast'"),
     (("--loss", "huber"), "invalid choice: 'huber'"),
     (("--ema-decay", "1"), "ema_decay must lie in [0, 1)"),
+    (("--learn-guidance", "0.5"), "learn_guidance must lie in [1, 100], not 0.5"),
+    (("--learn-guidance", "2", "--class-dropout-prob", "0"), "learn_guidance needs a class_dropout_prob above 0"),
+    (("--learn-guidance", "2", "--learn-sigma"), "learn_guidance needs a class_dropout_prob above 0, and no learn_sigma"),
     (("--seed", "-1"), "seed must lie in [0, 9223372036854775807], not -1"),
     (("--patch-size", "5"), "patch_size 5 does not divide image_size 28"),
     (("--hidden-size", "30"), "num_heads 4 does not divide hidden_size 30"),

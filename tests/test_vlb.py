@@ -37,6 +37,15 @@ def test_likelihoods_of_the_256_grey_levels_sum_to_one(mean, std):
         assert abs(levels[likelihoods.argmax()] - max(mean, -1)) <= 1 / 255
 
 
+def test_small_likelihoods_are_as_good_in_float32_on_both_sides():
+    mean, level = torch.tensor([-0.5, 0.5, 1 - 0.3, 0.3 - 1, 0.2]), torch.tensor([0.0, 0.0, 1.0, -1.0, 0.2])
+    log_variance = torch.full_like(mean, 2 * math.log(0.08))  # 0 is six standard deviations away
+    found = discretized_log_likelihood(level, mean, log_variance)
+    expected = discretized_log_likelihood(level.double(), mean.double(), log_variance.double())
+    torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-3)
+    assert -25 < found[0] < -15 and found[0].item() == pytest.approx(found[1].item(), rel=1e-4)
+
+
 def test_learned_variance_lies_between_beta_tilde_and_beta():
     x_t = draws(6, 1, 2, 2)
     for v, expected in ((-1.0, D.log_beta_tilde), (1.0, D.beta.log()), (0.0, (D.log_beta_tilde + D.beta.log()) / 2)):
