@@ -7,7 +7,6 @@ import sys
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from dit import DiT
@@ -67,10 +66,7 @@ class TabulatedBlock(nn.Module):
 
     def forward(self, x: Tensor, number: Tensor) -> Tensor:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(number).chunk(6, dim=2)
-        q, k, v = self.attn.qkv(torch.addcmul(shift_attn, scale_attn, self.norm1(x))).unflatten(
-            2, (3, self.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = torch.addcmul(x, gate_attn, self.attn.proj(attended))
+        x = torch.addcmul(x, gate_attn, self.attn(torch.addcmul(shift_attn, scale_attn, self.norm1(x))))
         return torch.addcmul(x, gate_mlp, self.mlp(torch.addcmul(shift_mlp, scale_mlp, self.norm2(x))))
 
 
@@ -90,6 +86,7 @@ def tabulated(model: DiT, times: Tensor, labels: Tensor) -> DiT:
     c = (model.t_embedder(times)[:, None] + model.y_embedder(classes)).flatten(0, 1)  # (pairs, D)
     fast.blocks = nn.ModuleList(TabulatedBlock(block, block.adaLN_modulation(c)) for block in fast.blocks)
     fast.final_layer.adaLN_modulation = Row(fast.final_layer.adaLN_modulation(c))
+    # The forward pass adds t_embedder(t) and y_embedder(y): from now on two ints, whose sum is the number of the pair.
     t_number, y_number = labels.new_zeros(int(times.max()) + 1), labels.new_zeros(int(classes.max()) + 1)
     t_number[times] = torch.arange(len(times), device=labels.device) * len(classes)
     y_number[classes] = torch.arange(len(classes), device=labels.device)
@@ -98,7 +95,10 @@ def tabulated(model: DiT, times: Tensor, labels: Tensor) -> DiT:
 
 
 def compiled(model: DiT, *batch: Tensor) -> nn.Module:
-    """torch.compile(model), tried on one batch; `model` itself, and one line that says why, where that does not work."""
+    """torch.compile(model), tried on one batch; `model` itself, and one line that says why, where that does not work.
+
+    The model's GELUs are replaced by `SigmoidGELU` where it works.
+    """
     activations = [block.mlp.act for block in model.blocks]
     for block in model.blocks:
         block.mlp.act = SigmoidGELU()

@@ -68,7 +68,7 @@ def test_the_papers_models_have_their_parameter_counts(name):
 
 @pytest.mark.parametrize(("name", "gflops"), [("S/2", 6.06), ("B/2", 23.01), ("L/2", 80.71), ("XL/2", 118.64)])
 def test_the_papers_models_have_their_arithmetic(name, gflops):
-    """DiT Tables 1 and 4, "Gflops": multiply-adds of the forward pass for one latent."""
+    """DiT Table 4, "Gflops": multiply-adds of the forward pass for one latent."""
     with torch.device("meta"):
         model = DiT(PAPER[f"DiT-{name}"])
         batch = torch.empty(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
