@@ -68,11 +68,11 @@ def draw_scaling(path: Path, points: list[tuple[str, int, float, float]]) -> Non
     axes.plot(flops, [1000 * point[2] for point in points], "o", label="training step")
     axes.plot(flops, [1000 * point[3] for point in points], "-", color="grey", label="floor: arithmetic at sgemm's rate")
     for name, operations, time, _ in points:
-        axes.annotate(name, (operations / 1e9, 1000 * time), xytext=(-6, 4), textcoords="offset points", fontsize=7,
-                      ha="right")
+        axes.annotate(name, (operations / 1e9, 1000 * time), xytext=(0, 6), textcoords="offset points", fontsize=8,
+                      ha="center")
     axes.set(xscale="log", yscale="log", xlabel="arithmetic of a step, GFLOP", ylabel="time of a step, ms")
-    axes.set(xlim=(flops[0] / 6, flops[-1] * 1.5))
-    axes.legend(loc="lower right")
+    axes.margins(x=0.1, y=0.1)
+    axes.legend(loc="upper left", title="width, depth, patch size: above the points")
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=110)
 
@@ -110,9 +110,9 @@ def main(argv: list[str] | None = None) -> None:
     points = []
     for width, depth, patch in FAMILY:
         times, floor, flops = measure(recipe(width, depth, patch), device, args.rounds, ["compiled"])
-        name, time = f"{width} wide, {depth} deep, patch {patch}", times["compiled"]
+        name, time = f"{width}, {depth}, {patch}", times["compiled"]
         points.append((name, flops, time, floor))
-        print(f"{name:30} {flops / 1e9:7.2f} GFLOP {1000 * time:8.1f} ms {time / floor:5.2f} x floor", flush=True)
+        print(f"{name:10} {flops / 1e9:7.2f} GFLOP {1000 * time:8.1f} ms {time / floor:5.2f} x floor", flush=True)
     draw_scaling(args.scaling, points)
 
 
