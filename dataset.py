@@ -57,7 +57,8 @@ def load_mnist(train: bool, data_dir: str | Path = "mnist", device: str | torch.
     try:
         images = kind(data_dir, train=train, download=True)  # unpacks the archives that are there, downloads the others
     except (RuntimeError, URLError) as error:
-        raise DataError(f"cannot download {kind.__name__} to {raw}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise DataError(f"cannot download {kind.__name__}: {reason}; its archives can be put into {raw} by hand") from error
     except OSError as error:
         raise DataError(f"cannot unpack {kind.__name__} in {raw}: {error.strerror or error}; make that folder writable"
                         ) from error

@@ -144,8 +144,9 @@ class GaussianDiffusion:
                       null_class: int) -> Tensor:
         """What to predict in the place of eps, so that sampling needs no guidance (model-guidance, Tang et al. 2025).
 
-        eps + w (eps(y) - eps(null)), both from the averaged `model`. A network that is trained on it predicts for y, once
-        the average has caught up, what `guided` makes of a network trained on eps, at guidance = 1 / (1 - w).
+        eps + w (eps(y) - eps(null)) with w = 1 - 1 / guidance, both from the averaged `model`; for a dropped label, eps.
+        The network settles where its own eps(y) is the mean of that: (1 - w) eps(y) + w eps(null) is then the mean of eps
+        that a network trained on eps predicts, so that eps(y) is what `guided` makes of such a network.
         """
         x_t = self.q_sample(x_0, t, eps)
         eps_y, eps_null = (split(out, x_t)[0] for out in both(model, x_t, t, y, null_class))

@@ -18,8 +18,12 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
+
+try:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+except ModuleNotFoundError as error:
+    raise SystemExit("evaluate.py: error: torchmetrics is missing: pip install -r requirements-dev.txt") from error
 
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_atomically
 from config import MNIST_TEST_IMAGES, T
@@ -265,9 +269,15 @@ def measure(args: argparse.Namespace) -> None:
     if args.bpd:
         some = load_mnist(False, args.data_dir, args.device, args.bpd, dataset, model.config.image_size)
         results["bits a dimension"] = {"real": bound(model, some, args.seed)}
+    source = f"{args.images}: {len(images):,} images"
+    if not args.images:
+        eta = f", eta {args.eta:g}" if args.sampler == "ddim" else ""
+        source = (f"{args.checkpoint}: {args.n:,} images, {args.sampler}, {args.steps} steps{eta}, "
+                  f"guidance {args.guidance:g}, seed {args.seed}")
+    print(source)
     print_table(results)
     if args.json:
-        text = json.dumps(results, indent=1)
+        text = json.dumps({"source": source, **results}, indent=1)
         write_atomically(args.json, lambda path: path.write_text(text))
     if args.neighbours:
         write_atomically(args.neighbours, lambda path: draw_neighbours(path, images, labels, train_set[:][0]))

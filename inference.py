@@ -42,10 +42,12 @@ def generate(model: DiT, labels: Tensor, *, sampler: str = "ddpm", steps: int | 
     """Draw one image a label. labels: (N,) ints in [0, num_classes]; returns (N, C, H, W) in [-1, 1].
 
     sampler, steps: "ddpm" (1000 unless given) or "ddim" (50); eta: of ddim; on_step(t, x_t): see
-    `GaussianDiffusion.ddpm_sample`; compile: worth its half a minute for thousands of images. ValueError for a sampler,
-    steps or eta out of range.
+    `GaussianDiffusion.ddpm_sample`; compile: worth its half a minute for thousands of images. guidance:
+    1 is none, and suits weights that learned it; 1.5 suits others. ValueError for what is out of range.
     """
     config, device = model.config, model.pos_embed.device
+    if not ((labels >= 0) & (labels <= config.num_classes)).all():
+        raise ValueError(f"labels must lie in [0, {config.num_classes}], not {labels.tolist()}")
     if sampler not in STEPS:
         raise ValueError(f"sampler must be one of {', '.join(STEPS)}, not {sampler!r}")
     if eta and sampler != "ddim":
@@ -174,7 +176,8 @@ def load_drawing_model(args: argparse.Namespace) -> tuple[DiT, dict]:
 
 def draw(model: DiT, info: dict, args: argparse.Namespace) -> None:
     eta = f", eta {args.eta:g}" if args.sampler == "ddim" else ""
-    print(f"{args.checkpoint}: EMA weights after {info['step']:,} training steps, on {args.device}")
+    begun = f" from {info['recipe']['start_from']}" if info["recipe"].get("start_from") else ""
+    print(f"{args.checkpoint}: EMA weights after {info['step']:,} training steps{begun}, on {args.device}")
     print(f"{args.sampler}, {args.steps} steps{eta}, seed {args.seed}, guidance {args.guidance:g} in the convention "
           "eps(null) + s (eps(digit) - eps(null)), where 1 is none")
     labels = torch.tensor(args.digits).repeat_interleave(args.per_digit)

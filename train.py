@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import islice
 
 from arguments import chosen, parse_train_args, train_parser
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, check_weights, load_model
+from checkpoint import CheckpointError, load_model
 from config import ModelConfig, T, TrainConfig, pick_device
 from dataset import DataError, Digits, load_mnist
 from diffusion import GaussianDiffusion
@@ -36,6 +37,7 @@ from run_files import RunFiles
 from speed import compiled, keep_freed_memory, pieces
 
 HELD_OUT_BATCH = 250  # test images at a time
+NO_SHAPE = {"class_dropout_prob", "label_init_std", "time_init_std"}  # in which networks of one shape may differ
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as CUDA, the CPU and Windows say it
 
 
@@ -119,17 +121,23 @@ class Run:
         self.shuffle = torch.Generator().manual_seed(cfg.seed)
         self.shuffle_at_epoch = self.shuffle.get_state()  # as it was before it drew the order of the epoch at hand
         self.step = 0  # optimizer steps done
+        self.earlier_steps = 0  # of the run whose weights this one started from
         self.loss_sum = torch.zeros((), device=device)  # over the epoch at hand; reading it waits for the GPU
         self.curve: list[dict] = []  # the rows of loss.csv, one an epoch
         self.earlier_seconds = 0.0  # in the processes before a resume
         self.started = time.monotonic()
 
     def start_from(self, path: str) -> None:
-        """Begin with the weights of a checkpoint of the same network."""
-        weights = load_model(path)[0].state_dict()
-        check_weights(path, weights, self.model)
+        """Begin with the averaged weights of a checkpoint of the same network, and go on with their average."""
+        given, info = load_model(path)
+        there, here = asdict(given.config), asdict(self.model.config)
+        differences = ", ".join(f"{name} is {there[name]} there and {here[name]} here" for name in here
+                                if there[name] != here[name] and name not in NO_SHAPE)
+        if differences:
+            raise CheckpointError(f"{path} is of another network: {differences}")
         for network in (self.model, self.ema):
-            network.load_state_dict(weights)
+            network.load_state_dict(given.state_dict())
+        self.earlier_steps = info["step"]
 
     def seconds(self) -> float:
         return self.earlier_seconds + time.monotonic() - self.started
@@ -139,7 +147,8 @@ class Run:
         return {
             "weights": self.model.state_dict(), "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step, "loss_sum": self.loss_sum, "curve": self.curve, "seconds": self.seconds(),
+            "step": self.step, "earlier_steps": self.earlier_steps, "loss_sum": self.loss_sum, "curve": self.curve,
+            "seconds": self.seconds(),
             "shuffle": self.shuffle_at_epoch, "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
@@ -150,6 +159,7 @@ class Run:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.curve, self.earlier_seconds = state["step"], state["curve"], state["seconds"]
+        self.earlier_steps = state.get("earlier_steps", 0)  # an older state has none
         self.loss_sum.copy_(state["loss_sum"])
         self.shuffle.set_state(state["shuffle"])
         torch.set_rng_state(state["random"])
@@ -173,7 +183,7 @@ def compiled_networks(run: Run, cfg: TrainConfig, share: tuple[Tensor, Tensor], 
     with torch.no_grad():
         averaged = compiled(run.ema, x_0, torch.zeros_like(y), y)
         if cfg.learn_guidance != 1:
-            with precision(cfg, y.device):
+            with precision(cfg, y.device):  # `guided_target` shows it a piece twice over, in the precision of training
                 averaged(*(torch.cat([values, values]) for values in piece))
     return network, averaged
 
@@ -237,7 +247,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
                     optimizer.step()
                     optimizer.zero_grad()
                 run.step += 1
-                update_ema(run.ema, run.model, run.step, cfg.ema_decay)
+                update_ema(run.ema, run.model, run.earlier_steps + run.step, cfg.ema_decay)
                 run.loss_sum += ranks.mean(loss)
                 done += 1
 

@@ -38,9 +38,10 @@ def discretized_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor) 
 
 
 def bound_term(chain: "GaussianDiffusion", out: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, clip: bool) -> Tensor:
-    """One term of DDPM eq. 5, KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)); for the last step, -log p(x_0). Bits a dimension.
+    """One term of DDPM eq. 5, KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)); for the last step, -log p(x_0 | x_1).
 
-    out: what the network returned for x_t, (N, C, H, W) or with the variance (N, 2C, H, W); t: (N,). Returns (N,).
+    In bits a dimension. out: what the network returned for x_t, (N, C, H, W) or with the variance (N, 2C, H, W); t: (N,).
+    Returns (N,).
     """
     mean, log_variance = chain.p_mean_log_variance(x_t, t, out, clip)
     true_mean, _ = chain.q_posterior(x_0, x_t, t)

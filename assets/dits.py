@@ -85,8 +85,10 @@ def draw(path: Path) -> None:
     arrow(axes, 5.0, condition[1] - 0.32, 5.0, c + 0.32, shape["t_embedder"])
     box(axes, 5.0, c, "c", CONDITION, width=0.7)
     arrow(axes, 4.65, c - 0.1, 2.55, whole[3], color="#c27c0e")
-    arrow(axes, 4.9, c - 0.32, 2.55, whole[4], color="#c27c0e", bend="arc3,rad=-0.2")
-    axes.text(4.45, whole[4] + 0.2, f"SiLU, Linear({D}, {2 * D}):\nshift, scale", fontsize=6.5, color="#a0650a", va="top")
+    arrow(axes, 5.0, c - 0.32, 5.0, whole[4] + 0.32, color="#c27c0e")
+    box(axes, 5.0, whole[4], f"SiLU, Linear({D}, {2 * D})", LEARNED)
+    arrow(axes, 3.68, whole[4], 2.55, whole[4], color="#c27c0e")
+    axes.text(3.12, whole[4] + 0.1, "shift, scale", fontsize=6.5, color="#a0650a", ha="center", va="bottom")
 
     # A block
     axes.text(10.2, 10.1, "DiTBlock, adaLN-Zero", fontsize=11, weight="bold", ha="center")
@@ -118,13 +120,14 @@ def draw(path: Path) -> None:
     for start, end in ((9.6, plus), (plus - 0.3, plus_2)):  # the residual paths
         axes.plot([x, 12.85, 12.85], [start, start, end], color="#444444", linewidth=0.9)
         arrow(axes, 12.85, end, x + 0.17, end)
-    box(axes, 7.85, 5.6, "c", CONDITION, width=0.7)
-    axes.text(7.2, 5.05, f"SiLU,\nLinear({D}, {6 * D}),\nzero at the start:\nsix vectors", fontsize=6.5, color="#a0650a",
-              va="top")
+    box(axes, 8.0, 7.0, "c", CONDITION, width=0.7)
+    arrow(axes, 8.0, 6.68, 8.0, 5.92, color="#c27c0e")
+    box(axes, 8.0, 5.6, f"SiLU, Linear({D}, {6 * D})", LEARNED, width=1.7)
+    axes.text(8.0, 5.15, "zero at the start;\nsix vectors", fontsize=6.5, color="#a0650a", ha="center", va="top")
     vectors = [("shift, scale", block[1]), ("gate", block[3]), ("shift, scale", block_2[1]), ("gate", block_2[3])]
     for name, y in vectors:
-        arrow(axes, 8.25, 5.6, x - 1.35, y, color="#c27c0e")
-        axes.text(x - 1.45, y + 0.14, name, fontsize=6.5, color="#a0650a", ha="right",
+        arrow(axes, 8.88, 5.6, x - 1.35, y, color="#c27c0e")
+        axes.text(x - 1.4, y + (0.16 if y > 5.6 else -0.16), name, fontsize=6.5, color="#a0650a", ha="right", va="center",
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     for i, (color, text) in enumerate(((LEARNED, "trained"), (FIXED, "fixed"), (CONDITION, "condition"))):
         box(axes, 3.9 + 1.15 * i, 0.7, text, color, width=1.0, height=0.4)

@@ -158,9 +158,10 @@ def test_generate_refuses_what_it_does_not_know(tiny_checkpoint, open_network):
     for settings, words in (({"sampler": "DDIM"}, "sampler must be one of ddpm, ddim, not 'DDIM'"),
                             ({"sampler": "ddim", "steps": 0}, "number of sampling steps"),
                             ({"sampler": "ddim", "eta": 5.0}, "eta must lie in"),
-                            ({"eta": 0.5}, "eta goes with the sampler ddim")):
+                            ({"eta": 0.5}, "eta goes with the sampler ddim"),
+                            ({"labels": torch.tensor([3, 11])}, "labels must lie in")):
         with pytest.raises(ValueError, match=words):
-            generate(model, torch.tensor([1]), **settings)
+            generate(model, **{"labels": torch.tensor([1]), **settings})
 
 
 def test_the_network_is_rebuilt_from_the_checkpoint(tiny_checkpoint):

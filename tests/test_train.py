@@ -192,8 +192,11 @@ def test_a_signal_stops_after_saving(tmp_path, train_tiny, monkeypatch, number):
 def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, train_tiny, monkeypatch, step, optimizer, guidance):
     options = ("--epochs", 3, "--optimizer", optimizer, "--lr", 0.01, "--warmup-steps", 5, "--lr-schedule", "cosine",
                "--learn-guidance", guidance)
-    for name in ("whole", "stopped"):
+    for name in ("first", "whole", "stopped"):
         (tmp_path / name).mkdir()
+    if guidance != 1:  # as the weights that ship were trained
+        assert train_tiny(tmp_path / "first")[0] == 0
+        options = (*options, "--start-from", tmp_path / "first" / "model.pth")
     assert train_tiny(tmp_path / "whole", *options)[0] == 0
     number = signal.SIGTERM if step % 2 == 0 else signal.SIGINT
     with monkeypatch.context() as patch:
@@ -301,6 +304,7 @@ def test_a_run_can_start_from_given_weights(tmp_path, train_tiny):
     assert train_tiny(found.parent, *options)[0] == 0
     before, after = (load_model(path)[0].state_dict() for path in (given, found))
     assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
+    assert torch.load(found.with_name("model.resume.pth"), weights_only=True)["earlier_steps"] == 3
     given.unlink()  # its weights are in the state by now
     status, _, err = train_tiny(found.parent, *options, "--epochs", 2, "--resume")
     assert status == 0, err
@@ -309,7 +313,7 @@ def test_a_run_can_start_from_given_weights(tmp_path, train_tiny):
 def test_weights_that_cannot_begin_a_run_are_refused(tmp_path, train_tiny, refused):
     (tmp_path / "first").mkdir()
     assert train_tiny(tmp_path / "first")[0] == 0
-    for given, words in ((tmp_path / "first" / "model.pth", "does not fit its network"), ("nowhere.pth", "no checkpoint")):
+    for given, words in ((tmp_path / "first" / "model.pth", "depth is 1 there and 2 here"), ("none.pth", "no checkpoint")):
         refused(train.main, 1, words, "--checkpoint", tmp_path / "model.pth", *TINY, "--depth", 2, "--start-from", given)
     assert not (tmp_path / "model.pth").exists()
 
