@@ -25,7 +25,7 @@ COMMANDS = sorted({command for line in re.findall(r"^    (\S.*)$", re.sub(r"\\\n
 SHORTER = {  # options that make a command short; the last one counts
     "train.py": [*map(str, TINY), "--epochs", "1", "--start-from="],  # so small a network has no use for those weights
     "inference.py": ["--steps", "2"],
-    "evaluate.py": ["--n", "100", "--steps", "2"],
+    "evaluate.py": ["--n", "100", "--steps", "2", "--bpd", "1"],
     "benchmarks/training.py": ["--hidden-size", "16", "--depth", "1", "--batch-size", "8", "--rounds", "1"],
     "benchmarks/sampling.py": ["--hidden-size", "16", "--depth", "1", "--rounds", "1"],
     "assets/dits.py": [],
