@@ -107,6 +107,12 @@ def check_sampling_options(parser: argparse.ArgumentParser, args: argparse.Names
         parser.error(f"argument --checkpoint: {args.checkpoint} is a folder, where a file is meant")
 
 
+def described(args: argparse.Namespace) -> str:
+    """How the digits are drawn, in words."""
+    eta = f", eta {args.eta:g}" if args.sampler == "ddim" else ""
+    return f"{args.sampler}, {args.steps} steps{eta}, seed {args.seed}, guidance {args.guidance:g}"
+
+
 def positive_int(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
     if (value := int(text)) < 1:

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from arguments import check_sampling_options, evaluate_parser
+from arguments import check_sampling_options, described, evaluate_parser
 
 if __name__ == "__main__":
     evaluate_parser().parse_args()  # here already, so that --help does not wait for torch
@@ -40,7 +40,11 @@ WORTH_COMPILING = 100_000  # evaluations of the network
 
 
 class Recogniser(nn.Module):
-    """A CNN that reads digits, the judge of the drawn ones. (N, 1, 28, 28) in [-1, 1] -> (N, 10) logits."""
+    """A CNN that reads digits, the judge of the drawn ones. (N, 1, 28, 28) in [-1, 1] -> (N, 10) logits.
+
+    It takes the part that the Inception network, trained on photographs, has for photographs: it says what is seen, and
+    its last hidden layer is the space in which distributions of images are compared.
+    """
 
     def __init__(self):
         super().__init__()
@@ -56,7 +60,7 @@ class Recogniser(nn.Module):
         self.head = nn.Linear(self.num_features, 10)
 
     def features(self, images: Tensor) -> Tensor:
-        """(N, 128): what the last layer reads."""
+        """What the last layer reads. (N, 1, 28, 28) in [-1, 1] -> (N, 128), none negative."""
         return self.hidden(self.convolutions(images))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -64,7 +68,10 @@ class Recogniser(nn.Module):
 
 
 def shaken(images: Tensor) -> Tensor:
-    """Each image turned by up to 12 degrees, resized by up to 12% and moved by up to 2 pixels."""
+    """Each image turned by up to 12 degrees, resized by up to 12% and moved by up to 2 pixels. (N, 1, 28, 28), as are they.
+
+    Draws from torch's random state.
+    """
     N = len(images)
     angle, scale = (torch.rand(N) - 0.5) * 0.42, 1 + (torch.rand(N) - 0.5) * 0.24
     shift = (torch.rand(N, 2, 1) - 0.5) * 4 / 14
@@ -75,7 +82,11 @@ def shaken(images: Tensor) -> Tensor:
 
 
 def trained_recogniser(file: Path, train_set: Digits, epochs: int = EPOCHS) -> Recogniser:
-    """The recogniser kept in `file`, or a new one, trained on the real training images and kept there."""
+    """The recogniser kept in `file`, or a new one, trained on the real training images and kept there. In eval mode.
+
+    It sees no drawn image. Its seed is fixed, and the caller's random state is left as it was (the CPU's). CheckpointError
+    if the file is damaged, OSError if it cannot be written.
+    """
     device = train_set.images.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -103,17 +114,22 @@ def trained_recogniser(file: Path, train_set: Digits, epochs: int = EPOCHS) -> R
 
 @torch.no_grad()
 def in_batches(function, images: Tensor) -> Tensor:
+    """function(images) for all (N, 1, 28, 28), 500 at a time, so that 60,000 fit the memory. (N, ...)."""
     return torch.cat([function(part) for part in images.split(500)])
 
 
 def accuracy(judge: Recogniser, images: Tensor, labels: Tensor) -> tuple[float, list[float]]:
-    """The share of images that are recognised as their label; overall, and digit by digit."""
+    """The share of images (N, 1, 28, 28) that are recognised as their label (N,); overall, and digit by digit."""
     right = (in_batches(judge, images).argmax(dim=1) == labels).float()
     return right.mean().item(), [right[labels == digit].mean().item() for digit in range(10)]
 
 
 def frechet_distance(judge: Recogniser, real: Tensor, drawn: Tensor) -> float:
-    """Between two sets of images, in the features of the judge (Heusel et al. 2017)."""
+    """Between two sets of images (N, 1, 28, 28), in the features of the judge (Heusel et al. 2017).
+
+    |m - m'|^2 + tr(C + C' - 2 (C C')^1/2) with the means and covariances of both. Fewer images give more, for the same
+    distribution too: compare only figures of as many images.
+    """
 
     class Features(nn.Module):  # as torchmetrics calls its extractor
         num_features = judge.num_features
@@ -130,7 +146,12 @@ def frechet_distance(judge: Recogniser, real: Tensor, drawn: Tensor) -> float:
 
 
 def spread(real: Tensor, drawn: Tensor, k: int = 5) -> dict[str, float]:
-    """Precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) of features (N, D)."""
+    """Precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) of features (N, D), (M, D).
+
+    A ball around each point reaches to its k-th nearest neighbour of the same set. Precision: the share of drawn points
+    within a ball of a real one; recall: the other way round. Density: in how many balls of real points a drawn one lies,
+    over k. Coverage: the share of balls of real points that hold a drawn one.
+    """
     real_radius, drawn_radius = (torch.cdist(x, x).kthvalue(k + 1, dim=1).values for x in (real, drawn))  # itself is the 1st
     distance = torch.cdist(real, drawn)  # (real, drawn)
     in_real, in_drawn = distance < real_radius[:, None], distance < drawn_radius[None, :]
@@ -143,7 +164,10 @@ def spread(real: Tensor, drawn: Tensor, k: int = 5) -> dict[str, float]:
 
 
 def nearest_two(images: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances (N, 2) in pixels to the nearest and the second nearest training image, and their numbers (N, 2)."""
+    """Distances (N, 2) to the nearest and the second nearest training image, and their numbers (N, 2).
+
+    Euclidean, of the pixels. images: (N, 1, 28, 28); training: (M, 1, 28, 28).
+    """
     training = training.flatten(1)
     near = [torch.cdist(part.flatten(1), training).topk(2, largest=False) for part in images.split(500)]
     return torch.cat([part.values for part in near]), torch.cat([part.indices for part in near])
@@ -158,7 +182,9 @@ def copied_share(images: Tensor, training: Tensor) -> float:
 def evaluate(images: Tensor, labels: Tensor, judge: Recogniser, train_set: Digits, test_set: Digits) -> dict[str, dict]:
     """Every figure: name -> {"drawn": its value for the images, "real": the same for real images}.
 
-    images: (N, 1, 28, 28) in [-1, 1]; labels: (N,), what was asked for.
+    images: (N, 1, 28, 28) in [-1, 1]; labels: (N,), what was asked for. Both kinds are compared with the test images, and
+    the real ones are the first N training images, but for accuracy and copies, where these would find themselves: there
+    the test images are the real ones.
     """
     n = len(images)
     test_images, test_labels = test_set[:]
@@ -189,7 +215,10 @@ def draw_neighbours(path: Path, images: Tensor, labels: Tensor, training: Tensor
 
 
 def draw_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Tensor]:
-    """n images, as many of each digit as of any other, and their labels. settings: those of `generate`."""
+    """n images (n, 1, 28, 28) in [-1, 1], as many of each digit as of any other, and their labels (n,).
+
+    settings: those of `generate`. Each BATCH_SIZE of them has a seed of its own, which follows from `seed`.
+    """
     labels = torch.arange(n) % model.config.num_classes
     images = []
     with tqdm(total=n, desc="drawing", unit="img", mininterval=0.5) as bar:
@@ -230,12 +259,14 @@ def load_images(path: Path, device: torch.device) -> tuple[Tensor, Tensor, str]:
 
 
 def print_table(results: dict[str, dict]) -> None:
+    """What `evaluate` returned, a row a figure."""
     print(f"{'':18}{'drawn':>10}{'real':>10}")
     for name, row in results.items():
         print(f"{name:18}" + "".join(f"{row[kind]:10.4f}" if kind in row else f"{'':10}" for kind in ("drawn", "real")))
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, checked before any work is done; exits with a sentence where it is wrong."""
     parser = evaluate_parser()
     args = parser.parse_args(argv)
     check_sampling_options(parser, args)
@@ -250,6 +281,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace) -> None:
+    """Draw or load, measure, and write what was asked for. CheckpointError, DataError or OSError with a sentence."""
     if args.bpd or not args.images:
         model, info = load_drawing_model(args)
         dataset = info["recipe"].get("dataset", "mnist")
@@ -269,11 +301,7 @@ def measure(args: argparse.Namespace) -> None:
     if args.bpd:
         some = load_mnist(False, args.data_dir, args.device, args.bpd, dataset, model.config.image_size)
         results["bits a dimension"] = {"real": bound(model, some, args.seed)}
-    source = f"{args.images}: {len(images):,} images"
-    if not args.images:
-        eta = f", eta {args.eta:g}" if args.sampler == "ddim" else ""
-        source = (f"{args.checkpoint}: {args.n:,} images, {args.sampler}, {args.steps} steps{eta}, "
-                  f"guidance {args.guidance:g}, seed {args.seed}")
+    source = f"{args.images or args.checkpoint}: {len(images):,} images" + ("" if args.images else f", {described(args)}")
     print(source)
     print_table(results)
     if args.json:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from arguments import check_sampling_options, inference_parser
+from arguments import check_sampling_options, described, inference_parser
 
 if __name__ == "__main__":
     inference_parser().parse_args()  # here already, so that --help does not wait for torch
@@ -175,11 +175,9 @@ def load_drawing_model(args: argparse.Namespace) -> tuple[DiT, dict]:
 
 
 def draw(model: DiT, info: dict, args: argparse.Namespace) -> None:
-    eta = f", eta {args.eta:g}" if args.sampler == "ddim" else ""
     begun = f" from {info['recipe']['start_from']}" if info["recipe"].get("start_from") else ""
     print(f"{args.checkpoint}: EMA weights after {info['step']:,} training steps{begun}, on {args.device}")
-    print(f"{args.sampler}, {args.steps} steps{eta}, seed {args.seed}, guidance {args.guidance:g} in the convention "
-          "eps(null) + s (eps(digit) - eps(null)), where 1 is none")
+    print(f"{described(args)} in the convention eps(null) + s (eps(digit) - eps(null)), where 1 is none")
     labels = torch.tensor(args.digits).repeat_interleave(args.per_digit)
     columns, frames = Snapshots(args.steps + 1, COLUMNS), Snapshots(args.steps + 1, FRAMES)
     with tqdm(total=args.steps, unit="step", mininterval=0.5) as bar:

@@ -27,7 +27,7 @@ def discretized_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor) 
     inverse_std = torch.exp(-0.5 * log_variance)
 
     def below(difference: Tensor) -> Tensor:
-        """The weight of what lies below mean + difference; unlike torch.special.ndtr, exact for small ones in float32."""
+        """The weight of what lies below mean + difference; unlike torch.special.ndtr, good for small ones in float32."""
         return 0.5 * torch.special.erfc(-difference * inverse_std / math.sqrt(2))
 
     difference, half = x_0 - mean, 1 / 255

@@ -162,7 +162,7 @@ def test_a_tiny_run(tmp_path, call, quick, tiny_checkpoint):
     results = json.loads(files["results.json"].read_text())
     source = results.pop("source")
     assert out.startswith(source)
-    assert source == f"{tiny_checkpoint}: 150 images, ddim, 2 steps, eta 0, guidance 1.5, seed 0"
+    assert source == f"{tiny_checkpoint}: 150 images, ddim, 2 steps, eta 0, seed 0, guidance 1.5"
     assert set(results) >= {"accuracy", "accuracy of 7", "Frechet distance", "precision", "recall", "density", "coverage",
                             "copies"}
     for name, row in results.items():

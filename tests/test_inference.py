@@ -146,11 +146,11 @@ def test_the_guidance_that_suits_the_weights_is_the_default(call, tiny_checkpoin
     model, info = load_model(tiny_checkpoint)
     config = {**info["model_config"], "class_dropout_prob": dropped}
     save_checkpoint(tmp_path / "other.pth", {"ema": model.state_dict(), "step": 3, "model_config": config,
-                                             "recipe": {**info["recipe"], "learn_guidance": learned}})
+                                             "recipe": {**info["recipe"], "learn_guidance": learned, "start_from": "a.pth"}})
     status, out, err = call(inference.main, "--checkpoint", tmp_path / "other.pth", "--output", tmp_path / "inference.png",
                             "--device", "cpu", "--steps", 2)
     assert status == 0, err
-    assert f"guidance {expected} in the convention" in out
+    assert f"guidance {expected} in the convention" in out and "after 3 training steps from a.pth, on cpu" in out
 
 
 def test_generate_refuses_what_it_does_not_know(tiny_checkpoint, open_network):

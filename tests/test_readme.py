@@ -75,6 +75,16 @@ def test_the_shipped_weights_were_made_by_the_command_given():
     assert info["step"] == recipe["epochs"] * (60_000 // recipe["batch_size"])
 
 
+@pytest.mark.parametrize(("words", "curve"), [("--epochs", "loss.csv"), ("--start-from", "loss-guidance.csv")])
+def test_the_curves_are_those_of_the_commands_given(words, curve):
+    [command] = re.findall(rf"^    torchrun .* train\.py ({words} .*)$", README, flags=re.MULTILINE)
+    with mock.patch.object(train, "train") as started:
+        assert train.main(command.split()) == 0
+    recipe = started.call_args.args[0]
+    epoch, step, *_ = (ROOT / "assets" / curve).read_text().splitlines()[-1].split(",")
+    assert (int(epoch), int(step)) == (recipe.epochs, recipe.epochs * (60_000 // recipe.batch_size))
+
+
 @pytest.fixture(scope="module")
 def copy_of_the_project(tmp_path_factory):
     """Without its git; the judge is an untrained one."""
