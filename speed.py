@@ -2,18 +2,28 @@
 
 import copy
 import ctypes
+import hashlib
 import math
+import os
+import subprocess
 import sys
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
+from checkpoint import write_atomically
 from dit import DiT
 from dit_block import DiTBlock
 
 LARGE_TABLES = 50_000_000  # values in all; 200 MB
 SMALLEST_PIECE, LARGEST_PIECE = 25, 100  # images; found by benchmarks/training.py with --batch-size
+LARGEST_FUSED_PIECE = 500
+LARGEST_FUSED = 256  # the width of a token from which torch.compile is as fast
+VECTOR_UNITS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's <malloc.h>
 
 
@@ -34,11 +44,7 @@ class SigmoidGELU(nn.Module):
     """GELU in its tanh form, x/2 (1 + tanh u), as x sigmoid(2u), which it equals: half the time of torch's on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        c = 2 * math.sqrt(2 / math.pi)
-        factor = torch.addcmul(x.new_tensor(c), x, x, value=0.044715 * c)  # 2u / x, with u = sqrt(2/pi) (x + 0.044715 x^3)
-        if torch.is_grad_enabled():
-            return (factor * x).sigmoid() * x
-        return factor.mul_(x).sigmoid_().mul_(x)
+        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 class Row(nn.Module):
@@ -52,46 +58,119 @@ class Row(nn.Module):
         return self.rows[number]
 
 
-class TabulatedBlock(nn.Module):
-    """A DiTBlock for sampling, with a table for its modulation and fewer, larger kernels: ten digits are 490 tokens, and
-    for these a kernel takes about as long to start as to run. x: (N, L, D), number: (N,) ints -> (N, L, D)."""
-
-    def __init__(self, block: DiTBlock, modulations: Tensor):
-        super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
-        self.mlp.act = SigmoidGELU()
-        rows = modulations.unflatten(1, (6, -1)).clone()
-        rows[:, [1, 4]] += 1  # the scales
-        self.modulation = Row(rows.flatten(1)[:, None])
-
-    def forward(self, x: Tensor, number: Tensor) -> Tensor:
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(number).chunk(6, dim=2)
-        x = torch.addcmul(x, gate_attn, self.attn(torch.addcmul(shift_attn, scale_attn, self.norm1(x))))
-        return torch.addcmul(x, gate_mlp, self.mlp(torch.addcmul(shift_mlp, scale_mlp, self.norm2(x))))
-
-
 @torch.no_grad()
 def tabulated(model: DiT, times: Tensor, labels: Tensor) -> DiT:
     """The network for sampling at `times` (S,) with `labels` and the null class: all conditioning is computed here, at once.
 
     c = t_emb + y_emb depends on t and y alone. In the copy that is returned, c is the number of the pair (t, y), and each
-    modulation is the table of its values for all pairs. `model` itself where these tables would be large.
+    modulation is the table of its values for all pairs; its blocks are `fused`. Without tables where these would be large.
     """
-    classes = torch.cat([labels, labels.new_tensor([model.y_embedder.null_class])]).unique()
-    D = model.config.hidden_size
-    if len(times) * len(classes) * (6 * len(model.blocks) + 2) * D > LARGE_TABLES:
-        return model
     fast = copy.deepcopy(model).requires_grad_(False)
-    times = times.to(labels.device)
-    c = (model.t_embedder(times)[:, None] + model.y_embedder(classes)).flatten(0, 1)  # (pairs, D)
-    fast.blocks = nn.ModuleList(TabulatedBlock(block, block.adaLN_modulation(c)) for block in fast.blocks)
-    fast.final_layer.adaLN_modulation = Row(fast.final_layer.adaLN_modulation(c))
-    # The forward pass adds t_embedder(t) and y_embedder(y): from now on two ints, whose sum is the number of the pair.
-    t_number, y_number = labels.new_zeros(int(times.max()) + 1), labels.new_zeros(int(classes.max()) + 1)
-    t_number[times] = torch.arange(len(times), device=labels.device) * len(classes)
-    y_number[classes] = torch.arange(len(classes), device=labels.device)
-    fast.t_embedder, fast.y_embedder = Row(t_number), Row(y_number)
-    return fast
+    classes = torch.cat([labels, labels.new_tensor([model.y_embedder.null_class])]).unique()
+    if len(times) * len(classes) * (6 * len(model.blocks) + 2) * model.config.hidden_size <= LARGE_TABLES:
+        times = times.to(labels.device)
+        c = (model.t_embedder(times)[:, None] + model.y_embedder(classes)).flatten(0, 1)  # (pairs, D)
+        for layer in (*fast.blocks, fast.final_layer):
+            layer.adaLN_modulation = Row(layer.adaLN_modulation(c))
+        # The forward pass adds t_embedder(t) and y_embedder(y): from now on two ints, whose sum is the number of the pair.
+        t_number, y_number = labels.new_zeros(int(times.max()) + 1), labels.new_zeros(int(classes.max()) + 1)
+        t_number[times] = torch.arange(len(times), device=labels.device) * len(classes)
+        y_number[classes] = torch.arange(len(classes), device=labels.device)
+        fast.t_embedder, fast.y_embedder = Row(t_number), Row(y_number)
+    return fused(fast, frozen=True)
+
+
+class FusedBlock(nn.Module):
+    """A DiTBlock computed by dit_block.cpp, in float32 on a CPU. x: (N, L, D), c: (N, D) -> (N, L, D).
+
+    frozen: its parameters will not change, nor need gradients.
+    """
+
+    def __init__(self, block: DiTBlock, library: ctypes.CDLL, frozen: bool):
+        super().__init__()
+        self.block, self.library = block, library
+        self.packed = self.pack() if frozen else None
+
+    def pack(self) -> Tensor:
+        """The parameters in one tensor, as `Weights` in dit_block.cpp has them; differentiable."""
+        attn, mlp = self.block.attn, self.block.mlp
+        return torch.cat([values.flatten() for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+                          for values in (layer.weight.t(), layer.bias)])
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        packed = self.pack() if self.packed is None else self.packed
+        return BlockFunction.apply(x.contiguous(), self.block.adaLN_modulation(c), packed, self.library)
+
+
+class BlockFunction(torch.autograd.Function):
+    """x: (N, L, D), modulation: (N, 6D), packed: (all values of the parameters,) -> (N, L, D)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, modulation: Tensor, packed: Tensor, library: ctypes.CDLL) -> Tensor:
+        out = torch.empty_like(x)
+        saved = x.new_empty(len(x), library.saved_floats()) if any(ctx.needs_input_grad) else None
+        library.block_forward(len(x), *addresses(x, modulation, packed, out, saved), torch.get_num_threads())
+        if saved is not None:
+            ctx.library = library
+            ctx.save_for_backward(x, modulation, packed, saved)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, modulation, packed, saved = ctx.saved_tensors
+        d_x, d_modulation, threads = torch.empty_like(x), torch.empty_like(modulation), torch.get_num_threads()
+        d_packed = packed.new_zeros(threads, len(packed))
+        tensors = (x, modulation, packed, saved, d_out.contiguous(), d_x, d_modulation, d_packed)
+        ctx.library.block_backward(len(x), *addresses(*tensors), threads)
+        return d_x, d_modulation, d_packed.sum(0), None
+
+
+def addresses(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+
+
+@cache
+def block_library(tokens: int, hidden_size: int, num_heads: int, mlp_size: int) -> ctypes.CDLL:
+    """dit_block.cpp, compiled for blocks of these sizes, in a second or two at their first use.
+
+    OSError or CalledProcessError where that does not work.
+    """
+    source = Path(__file__).with_name("dit_block.cpp")
+    sizes = {"L": tokens, "D": hidden_size, "HEADS": num_heads, "M": mlp_size}
+    command = [os.environ.get("CXX", "c++"), str(source), "-O3", "-fopenmp", "-shared", "-fPIC",
+               *VECTOR_UNITS.get(torch.backends.cpu.get_cpu_capability(), []),
+               *(f"-D{name}={value}" for name, value in sizes.items())]
+    key = hashlib.sha256(source.read_bytes() + repr(command).encode()).hexdigest()[:16]
+    place = source.with_name("__pycache__") / f"dit_block-{key}.so"
+    if not place.exists():
+        place.parent.mkdir(exist_ok=True)
+        write_atomically(place, lambda path: subprocess.run([*command, "-o", path], check=True, capture_output=True))
+    library = ctypes.CDLL(str(place))
+    library.saved_floats.restype = ctypes.c_int64
+    return library
+
+
+def fused(model: DiT, frozen: bool = False) -> DiT:
+    """A copy that shares the parameters of `model` and computes its blocks as `FusedBlock`; `model` where that cannot be."""
+    config, values = model.config, [*model.parameters(), *model.buffers()]
+    mlp_size = model.blocks[0].mlp.fc1.out_features
+    suited = (config.hidden_size // config.num_heads % 4 == 0 and mlp_size % 16 == 0 and config.hidden_size <= LARGEST_FUSED
+              and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in values)
+              and not torch.is_autocast_enabled("cpu"))
+    if not suited or is_fused(model):
+        return model
+    try:
+        library = block_library(model.pos_embed.shape[1], config.hidden_size, config.num_heads, mlp_size)
+    except (OSError, subprocess.CalledProcessError):
+        return model
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in values})
+    copied.blocks = nn.ModuleList(FusedBlock(block, library, frozen) for block in copied.blocks)
+    return copied
+
+
+def is_fused(network: nn.Module) -> bool:
+    return any(isinstance(module, FusedBlock) for module in network.modules())
 
 
 def compiled(model: DiT, *batch: Tensor) -> nn.Module:
@@ -99,6 +178,9 @@ def compiled(model: DiT, *batch: Tensor) -> nn.Module:
 
     The model's GELUs are replaced by `SigmoidGELU` where it works.
     """
+    network = fused(model)
+    if is_fused(network):
+        return network
     activations = [block.mlp.act for block in model.blocks]
     for block in model.blocks:
         block.mlp.act = SigmoidGELU()
@@ -121,10 +203,13 @@ def compiled(model: DiT, *batch: Tensor) -> nn.Module:
         model.zero_grad()
 
 
-def pieces(*batch: Tensor) -> list[tuple[Tensor, ...]]:
-    """Tensors of a batch, cut into equal parts that a CPU's cache holds; whole on a GPU, or where no even cut is at hand."""
-    N = len(batch[0])
-    size = next(size for size in range(min(N, LARGEST_PIECE), 0, -1) if N % size == 0)
+def pieces(network: nn.Module, *batch: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors of a batch, cut into equal parts that a CPU's cache holds; whole on a GPU, or where no even cut is at hand.
+
+    The blocks of a `fused` network keep to the cache by themselves; there, larger parts bound the memory.
+    """
+    N, largest = len(batch[0]), LARGEST_FUSED_PIECE if is_fused(network) else LARGEST_PIECE
+    size = next(size for size in range(min(N, largest), 0, -1) if N % size == 0)
     if batch[0].device.type != "cpu" or size < SMALLEST_PIECE:
         size = N
     return list(zip(*(values.split(size) for values in batch), strict=True))

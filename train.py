@@ -81,7 +81,7 @@ def add_gradients(network: nn.Module, averaged: nn.Module, diffusion: GaussianDi
                   cfg: TrainConfig) -> Tensor:
     """The loss of a batch (x_0, y, t, eps), after its gradients have been added to the parameters'."""
     total = torch.zeros((), device=batch[0].device)
-    parts = pieces(*batch)
+    parts = pieces(network, *batch)
     for part in parts:
         with precision(cfg, total.device):
             target = None
@@ -174,7 +174,7 @@ def compiled_networks(run: Run, cfg: TrainConfig, share: tuple[Tensor, Tensor], 
     share, held_out: (x_0, y) of the size of this process's share of a batch, and of a batch of `held_out_loss`.
     """
     x_0, y = share
-    piece = pieces(x_0, torch.zeros_like(y), y)[0]
+    piece = pieces(run.model, x_0, torch.zeros_like(y), y)[0]
     with precision(cfg, y.device):
         network = compiled(run.model, *piece)
     if network is run.model:

@@ -33,7 +33,7 @@ def training_step(cfg: TrainConfig, device: torch.device, fast: bool):
     images = torch.randint(0, 256, (cfg.batch_size, 1, 28, 28), dtype=torch.uint8, device=device)
     labels = torch.randint(0, 10, (cfg.batch_size,), device=device)
     with precision(cfg, device):
-        example = pieces(images / 127.5 - 1, torch.zeros_like(labels), labels)[0]
+        example = pieces(model, images / 127.5 - 1, torch.zeros_like(labels), labels)[0]
         network = compiled(model, *example) if fast else model
 
     def gradients():

@@ -1,0 +1,344 @@
+// A DiTBlock (dit_block.py) on a CPU, forward and backward: one image at a time, so that a core's cache holds all of it.
+//
+// speed.py compiles this for one network, and passes its sizes: L tokens of width D, HEADS heads, hidden width M of the MLP.
+// Names follow dit_block.py; d_x is the gradient of x. Vectors hold W floats, and W divides D, M and the width of a head.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+namespace {
+
+constexpr int d = D / HEADS;
+constexpr int W = d % 16 == 0 ? 16 : d % 8 == 0 ? 8 : 4;
+constexpr int LP = (L + W - 1) / W * W;  // L, padded to whole vectors
+
+typedef float vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * W)));
+
+vec& at(float* p) { return *reinterpret_cast<vec*>(p); }
+const vec& at(const float* p) { return *reinterpret_cast<const vec*>(p); }
+
+// The parameters of a block, in the order in which speed.py packs them.
+template <int IN, int OUT> struct Linear { float weight[IN][OUT], bias[OUT]; };
+struct Weights { Linear<D, 3 * D> qkv; Linear<D, D> proj; Linear<D, M> fc1; Linear<M, D> fc2; };
+struct Modulation { float shift_attn[D], scale_attn[D], gate_attn[D], shift_mlp[D], scale_mlp[D], gate_mlp[D]; };
+
+typedef float Image[L][D];
+
+// What the backward pass needs of the forward pass; it recomputes the rest.
+struct Saved { float qkv[L][3 * D], heads[L][D], attn[L][D], hidden[L][M], mlp[L][D]; };
+
+// ---- Functions of vectors
+
+float sum(vec x) {
+    float total = 0;
+    for (int i = 0; i < W; i++) total += x[i];
+    return total;
+}
+
+vec max(vec a, vec b) { return a > b ? a : b; }
+
+// e^x = 2^n e^r with n whole and |r| <= ln(2) / 2; the polynomial and the two parts of ln(2) are those of Cephes' expf.
+vec exp(vec x) {
+    x = max(x, vec{} - 87.f);
+    x = -max(-x, vec{} - 87.f);
+    const vec shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds to a whole number, in the lowest bits
+    const vec n = shifted - 12582912.f;
+    const vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.f;
+    ints bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits + 127) << 23;
+    vec power;
+    std::memcpy(&power, &bits, sizeof power);
+    return y * power;
+}
+
+// ---- Matrix products, a tile of the result at a time in registers
+
+constexpr int divisor(int n, int most) {
+    while (n % most) most--;
+    return most;
+}
+#ifdef __AVX512F__
+constexpr int TILE_VECTORS = 4;  // 7 rows of 4 vectors fill the 32 registers but for a row of B
+#else
+constexpr int TILE_VECTORS = 1;
+#endif
+
+// C = A B, or C += A B: A(i, k), B[k][j], C[i][j], with ROWS x K and K x COLUMNS.
+template <bool ADD, int ROWS, int K, int COLUMNS, class A>
+inline void product(A a, const float* b, int b_row, float* c, int c_row) {
+    constexpr int R = divisor(ROWS, 7 < ROWS ? 7 : ROWS);
+    constexpr int V = divisor(COLUMNS / W, TILE_VECTORS);
+    for (int j = 0; j < COLUMNS; j += V * W)
+        for (int i = 0; i < ROWS; i += R) {
+            vec tile[R][V] = {};
+            for (int k = 0; k < K; k++)
+                for (int v = 0; v < V; v++)
+                    for (int r = 0; r < R; r++) tile[r][v] += a(i + r, k) * at(b + k * b_row + j + v * W);
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < V; v++) {
+                    vec& out = at(c + (i + r) * c_row + j + v * W);
+                    out = ADD ? out + tile[r][v] : tile[r][v];
+                }
+        }
+}
+
+template <int COLUMNS> auto rows(const float (*a)[COLUMNS]) { return [a](int i, int k) { return a[i][k]; }; }
+template <int COLUMNS> auto columns(const float (*a)[COLUMNS]) { return [a](int i, int k) { return a[k][i]; }; }
+
+template <int IN, int OUT> void linear(const float (*x)[IN], const Linear<IN, OUT>& layer, float (*y)[OUT]) {
+    product<false, L, IN, OUT>(rows(x), layer.weight[0], OUT, y[0], OUT);
+    for (int i = 0; i < L; i++)
+        for (int j = 0; j < OUT; j += W) at(y[i] + j) += at(layer.bias + j);
+}
+
+// Adds to d_layer; transposed: the layer's weight as [OUT][IN].
+template <int IN, int OUT>
+void linear_backward(const float (*x)[IN], const float (*d_y)[OUT], const float* transposed, Linear<IN, OUT>& d_layer,
+                     float (*d_x)[IN]) {
+    product<true, IN, L, OUT>(columns(x), d_y[0], OUT, d_layer.weight[0], OUT);
+    for (int i = 0; i < L; i++)
+        for (int j = 0; j < OUT; j += W) at(d_layer.bias + j) += at(d_y[i] + j);
+    product<false, L, OUT, IN>(rows(d_y), transposed, IN, d_x[0], IN);
+}
+
+template <int ROWS, int COLUMNS> void transpose(const float (*x)[COLUMNS], float (*y)[ROWS]) {
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < COLUMNS; j++) y[j][i] = x[i][j];
+}
+
+// ---- LayerNorm and modulation
+
+// normal: LayerNorm(x); y: modulated; returns nothing of the mean, since the backward pass needs only 1 / std.
+void norm_modulate(const float (*x)[D], const float* shift, const float* scale, float (*normal)[D], float* inverse_std,
+                   float (*y)[D]) {
+    for (int i = 0; i < L; i++) {
+        vec total{}, squares{};
+        for (int c = 0; c < D; c += W) total += at(x[i] + c);
+        const float mean = sum(total) / D;
+        for (int c = 0; c < D; c += W) {
+            const vec centred = at(x[i] + c) - mean;
+            squares += centred * centred;
+        }
+        inverse_std[i] = 1 / std::sqrt(sum(squares) / D + 1e-6f);
+        for (int c = 0; c < D; c += W) {
+            at(normal[i] + c) = (at(x[i] + c) - mean) * inverse_std[i];
+            at(y[i] + c) = at(normal[i] + c) * (1 + at(scale + c)) + at(shift + c);
+        }
+    }
+}
+
+// Adds the gradient of x to d_x, and writes those of shift and scale.
+void norm_modulate_backward(const float (*normal)[D], const float* inverse_std, const float* scale, const float (*d_y)[D],
+                            float (*d_x)[D], float* d_shift, float* d_scale) {
+    vec shifts[D / W] = {}, scales[D / W] = {};
+    for (int i = 0; i < L; i++) {
+        vec total{}, along{};
+        for (int c = 0; c < D; c += W) {
+            const vec d_out = at(d_y[i] + c), n = at(normal[i] + c), d_normal = d_out * (1 + at(scale + c));
+            shifts[c / W] += d_out;
+            scales[c / W] += d_out * n;
+            total += d_normal;
+            along += d_normal * n;
+        }
+        const float mean = sum(total) / D, mean_along = sum(along) / D;
+        for (int c = 0; c < D; c += W) {
+            const vec d_normal = at(d_y[i] + c) * (1 + at(scale + c));
+            at(d_x[i] + c) += inverse_std[i] * (d_normal - mean - at(normal[i] + c) * mean_along);
+        }
+    }
+    for (int c = 0; c < D; c += W) at(d_shift + c) = shifts[c / W], at(d_scale + c) = scales[c / W];
+}
+
+// x + gate * branch
+void add_gated(const float (*x)[D], const float* gate, const float (*branch)[D], float (*y)[D]) {
+    for (int i = 0; i < L; i++)
+        for (int c = 0; c < D; c += W) at(y[i] + c) = at(x[i] + c) + at(gate + c) * at(branch[i] + c);
+}
+
+void add_gated_backward(const float* gate, const float (*branch)[D], const float (*d_y)[D], float (*d_branch)[D],
+                        float* d_gate) {
+    for (int c = 0; c < D; c += W) {
+        vec total{};
+        for (int i = 0; i < L; i++) {
+            total += at(d_y[i] + c) * at(branch[i] + c);
+            at(d_branch[i] + c) = at(d_y[i] + c) * at(gate + c);
+        }
+        at(d_gate + c) = total;
+    }
+}
+
+// ---- GELU, as x sigmoid(2u) with 2u = s (x + 0.044715 x^3), s = 2 sqrt(2 / pi)
+
+constexpr float S = 1.5957691216f, CUBE = 0.044715f;
+
+vec sigmoid_2u(vec x) { return 1 / (1 + exp(x * (-S - S * CUBE * x * x))); }
+
+void gelu(const float (*x)[M], float (*y)[M]) {
+    for (int i = 0; i < L; i++)
+        for (int j = 0; j < M; j += W) at(y[i] + j) = at(x[i] + j) * sigmoid_2u(at(x[i] + j));
+}
+
+void gelu_and_slope(const float (*x)[M], float (*y)[M], float (*slope)[M]) {
+    for (int i = 0; i < L; i++)
+        for (int j = 0; j < M; j += W) {
+            const vec v = at(x[i] + j), sigmoid = sigmoid_2u(v);
+            at(y[i] + j) = v * sigmoid;
+            at(slope[i] + j) = sigmoid + v * sigmoid * (1 - sigmoid) * (S + 3 * S * CUBE * v * v);
+        }
+}
+
+// ---- Attention, a head at a time
+
+// weights[j][i]: of token j for token i, so that the softmax of 16 tokens goes on side by side in a vector.
+struct Head { float q[L][d], k[L][d], v[L][d], q_transposed[d][LP], weights[L][LP]; };
+
+void pick(const float* from, int row, float (*to)[d]) {
+    for (int i = 0; i < L; i++) std::memcpy(to[i], from + i * row, sizeof to[i]);
+}
+
+void pad_and_transpose(const float (*x)[d], float (*y)[LP]) {
+    for (int i = 0; i < LP; i++)
+        for (int c = 0; c < d; c++) y[c][i] = i < L ? x[i][c] : 0;
+}
+
+// q (scaled), k, v and the softmax of q k^T of a head.
+void attend(const float (*qkv)[3 * D], int head, Head& h) {
+    pick(qkv[0] + head * d, 3 * D, h.q);
+    pick(qkv[0] + D + head * d, 3 * D, h.k);
+    pick(qkv[0] + 2 * D + head * d, 3 * D, h.v);
+    const float scale = 1 / std::sqrt(float(d));
+    for (int i = 0; i < L; i++)
+        for (int c = 0; c < d; c += W) at(h.q[i] + c) *= scale;
+    pad_and_transpose(h.q, h.q_transposed);
+    product<false, L, d, LP>(rows(h.k), h.q_transposed[0], LP, h.weights[0], LP);
+    for (int i = 0; i < LP; i += W) {
+        vec most = at(h.weights[0] + i), total{};
+        for (int j = 1; j < L; j++) most = max(most, at(h.weights[j] + i));
+        for (int j = 0; j < L; j++) total += at(h.weights[j] + i) = exp(at(h.weights[j] + i) - most);
+        const vec share = 1 / total;
+        for (int j = 0; j < L; j++) at(h.weights[j] + i) *= share;
+    }
+}
+
+void attention(const float (*qkv)[3 * D], float (*out)[D], Head& h) {
+    for (int head = 0; head < HEADS; head++) {
+        attend(qkv, head, h);
+        product<false, L, L, d>(columns(h.weights), h.v[0], d, out[0] + head * d, D);
+    }
+}
+
+struct HeadGradients { float out[L][d], out_transposed[d][LP], weights[L][LP]; };
+
+void attention_backward(const float (*qkv)[3 * D], const float (*d_out)[D], float (*d_qkv)[3 * D], Head& h,
+                        HeadGradients& g) {
+    const float scale = 1 / std::sqrt(float(d));
+    for (int head = 0; head < HEADS; head++) {
+        float *d_q = d_qkv[0] + head * d, *d_k = d_q + D, *d_v = d_k + D;
+        attend(qkv, head, h);
+        pick(d_out[0] + head * d, D, g.out);
+        pad_and_transpose(g.out, g.out_transposed);
+        product<false, L, L, d>(rows(h.weights), g.out[0], d, d_v, 3 * D);
+        product<false, L, d, LP>(rows(h.v), g.out_transposed[0], LP, g.weights[0], LP);
+        for (int i = 0; i < LP; i += W) {  // through the softmax
+            vec mean{};
+            for (int j = 0; j < L; j++) mean += at(h.weights[j] + i) * at(g.weights[j] + i);
+            for (int j = 0; j < L; j++) at(g.weights[j] + i) = at(h.weights[j] + i) * (at(g.weights[j] + i) - mean);
+        }
+        product<false, L, L, d>(columns(g.weights), h.k[0], d, d_q, 3 * D);
+        for (int i = 0; i < L; i++)
+            for (int c = 0; c < d; c += W) at(d_q + i * 3 * D + c) *= scale;
+        product<false, L, L, d>(rows(g.weights), h.q[0], d, d_k, 3 * D);
+    }
+}
+
+// ---- The block
+
+struct Scratch {
+    Saved unsaved;
+    Head head;
+    HeadGradients d_head;
+    float normal[L][D], modulated[L][D], middle[L][D], activated[L][M], slope[L][M], inverse_std[L];
+    float d_branch[L][D], d_modulated[L][D], d_middle[L][D], d_heads[L][D], d_qkv[L][3 * D], d_hidden[L][M];
+};
+
+void forward(const float (*x)[D], const Modulation& mod, const Weights& w, float (*out)[D], Saved& s, Scratch& t) {
+    norm_modulate(x, mod.shift_attn, mod.scale_attn, t.normal, t.inverse_std, t.modulated);
+    linear(t.modulated, w.qkv, s.qkv);
+    attention(s.qkv, s.heads, t.head);
+    linear(s.heads, w.proj, s.attn);
+    add_gated(x, mod.gate_attn, s.attn, t.middle);
+    norm_modulate(t.middle, mod.shift_mlp, mod.scale_mlp, t.normal, t.inverse_std, t.modulated);
+    linear(t.modulated, w.fc1, s.hidden);
+    gelu(s.hidden, t.activated);
+    linear(t.activated, w.fc2, s.mlp);
+    add_gated(t.middle, mod.gate_mlp, s.mlp, out);
+}
+
+struct Transposed { float qkv[3 * D][D], proj[D][D], fc1[M][D], fc2[D][M]; };
+
+void backward(const float (*x)[D], const Modulation& mod, const Transposed& w, const Saved& s, const float (*d_out)[D],
+              float (*d_x)[D], Modulation& d_mod, Weights& d_w, Scratch& t) {
+    add_gated_backward(mod.gate_mlp, s.mlp, d_out, t.d_branch, d_mod.gate_mlp);
+    gelu_and_slope(s.hidden, t.activated, t.slope);
+    linear_backward(t.activated, t.d_branch, w.fc2[0], d_w.fc2, t.d_hidden);
+    for (int i = 0; i < L; i++)
+        for (int j = 0; j < M; j += W) at(t.d_hidden[i] + j) *= at(t.slope[i] + j);
+    add_gated(x, mod.gate_attn, s.attn, t.middle);
+    norm_modulate(t.middle, mod.shift_mlp, mod.scale_mlp, t.normal, t.inverse_std, t.modulated);
+    linear_backward(t.modulated, t.d_hidden, w.fc1[0], d_w.fc1, t.d_modulated);
+    std::memcpy(t.d_middle, d_out, sizeof t.d_middle);
+    norm_modulate_backward(t.normal, t.inverse_std, mod.scale_mlp, t.d_modulated, t.d_middle, d_mod.shift_mlp,
+                           d_mod.scale_mlp);
+
+    add_gated_backward(mod.gate_attn, s.attn, t.d_middle, t.d_branch, d_mod.gate_attn);
+    linear_backward(s.heads, t.d_branch, w.proj[0], d_w.proj, t.d_heads);
+    attention_backward(s.qkv, t.d_heads, t.d_qkv, t.head, t.d_head);
+    norm_modulate(x, mod.shift_attn, mod.scale_attn, t.normal, t.inverse_std, t.modulated);
+    linear_backward(t.modulated, t.d_qkv, w.qkv[0], d_w.qkv, t.d_modulated);
+    std::memcpy(d_x, t.d_middle, sizeof t.d_middle);
+    norm_modulate_backward(t.normal, t.inverse_std, mod.scale_attn, t.d_modulated, d_x, d_mod.shift_attn, d_mod.scale_attn);
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t saved_floats() { return sizeof(Saved) / sizeof(float); }
+
+// x, out: (N, L, D); mod: (N, 6, D); saved: (N, saved_floats()), or null when no backward pass will follow.
+void block_forward(int64_t N, const Image* x, const Modulation* mod, const Weights* w, Image* out, Saved* saved, int threads) {
+    #pragma omp parallel num_threads(threads)
+    {
+        std::unique_ptr<Scratch> scratch(new Scratch);
+        #pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++) forward(x[n], mod[n], *w, out[n], saved ? saved[n] : scratch->unsaved, *scratch);
+    }
+}
+
+// d_w: (threads), zeros, to each of which one thread adds the gradients of its images.
+void block_backward(int64_t N, const Image* x, const Modulation* mod, const Weights* w, const Saved* saved, const Image* d_out,
+                    Image* d_x, Modulation* d_mod, Weights* d_w, int threads) {
+    std::unique_ptr<Transposed> transposed(new Transposed);
+    transpose<D, 3 * D>(w->qkv.weight, transposed->qkv);
+    transpose<D, D>(w->proj.weight, transposed->proj);
+    transpose<D, M>(w->fc1.weight, transposed->fc1);
+    transpose<M, D>(w->fc2.weight, transposed->fc2);
+    #pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++) {
+        std::unique_ptr<Scratch> scratch(new Scratch);
+        for (int64_t n = N * thread / threads; n < N * (thread + 1) / threads; n++)
+            backward(x[n], mod[n], *transposed, saved[n], d_out[n], d_x[n], d_mod[n], d_w[thread], *scratch);
+    }
+}
+
+}
