@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 
 namespace {
 
@@ -20,9 +19,11 @@ typedef int32_t ints __attribute__((vector_size(4 * W)));
 vec& at(float* p) { return *reinterpret_cast<vec*>(p); }
 const vec& at(const float* p) { return *reinterpret_cast<const vec*>(p); }
 
-// The parameters of a block, in the order in which speed.py packs them.
-template <int IN, int OUT> struct Linear { float weight[IN][OUT], bias[OUT]; };
-struct Weights { Linear<D, 3 * D> qkv; Linear<D, D> proj; Linear<D, M> fc1; Linear<M, D> fc2; };
+// The parameters of a block, in the order in which speed.py packs them, and the weights transposed.
+template <int IN, int OUT> struct Linear { float weight[OUT][IN], bias[OUT]; };
+struct Parameters { Linear<D, 3 * D> qkv; Linear<D, D> proj; Linear<D, M> fc1; Linear<M, D> fc2; };
+struct Transposed { float qkv[D][3 * D], proj[D][D], fc1[D][M], fc2[M][D]; };
+
 struct Modulation { float shift_attn[D], scale_attn[D], gate_attn[D], shift_mlp[D], scale_mlp[D], gate_mlp[D]; };
 
 typedef float Image[L][D];
@@ -95,20 +96,21 @@ inline void product(A a, const float* b, int b_row, float* c, int c_row) {
 template <int COLUMNS> auto rows(const float (*a)[COLUMNS]) { return [a](int i, int k) { return a[i][k]; }; }
 template <int COLUMNS> auto columns(const float (*a)[COLUMNS]) { return [a](int i, int k) { return a[k][i]; }; }
 
-template <int IN, int OUT> void linear(const float (*x)[IN], const Linear<IN, OUT>& layer, float (*y)[OUT]) {
-    product<false, L, IN, OUT>(rows(x), layer.weight[0], OUT, y[0], OUT);
+template <int IN, int OUT>
+void linear(const float (*x)[IN], const float (*transposed)[OUT], const float* bias, float (*y)[OUT]) {
+    product<false, L, IN, OUT>(rows(x), transposed[0], OUT, y[0], OUT);
     for (int i = 0; i < L; i++)
-        for (int j = 0; j < OUT; j += W) at(y[i] + j) += at(layer.bias + j);
+        for (int j = 0; j < OUT; j += W) at(y[i] + j) += at(bias + j);
 }
 
-// Adds to d_layer; transposed: the layer's weight as [OUT][IN].
+// Adds to the gradients of the layer, and writes that of x.
 template <int IN, int OUT>
-void linear_backward(const float (*x)[IN], const float (*d_y)[OUT], const float* transposed, Linear<IN, OUT>& d_layer,
+void linear_backward(const float (*x)[IN], const Linear<IN, OUT>& layer, const float (*d_y)[OUT], Linear<IN, OUT>& d_layer,
                      float (*d_x)[IN]) {
-    product<true, IN, L, OUT>(columns(x), d_y[0], OUT, d_layer.weight[0], OUT);
+    product<true, OUT, L, IN>(columns(d_y), x[0], IN, d_layer.weight[0], IN);
     for (int i = 0; i < L; i++)
         for (int j = 0; j < OUT; j += W) at(d_layer.bias + j) += at(d_y[i] + j);
-    product<false, L, OUT, IN>(rows(d_y), transposed, IN, d_x[0], IN);
+    product<false, L, OUT, IN>(rows(d_y), layer.weight[0], IN, d_x[0], IN);
 }
 
 template <int ROWS, int COLUMNS> void transpose(const float (*x)[COLUMNS], float (*y)[ROWS]) {
@@ -199,28 +201,23 @@ void gelu_and_slope(const float (*x)[M], float (*y)[M], float (*slope)[M]) {
 
 // ---- Attention, a head at a time
 
-// weights[j][i]: of token j for token i, so that the softmax of 16 tokens goes on side by side in a vector.
-struct Head { float q[L][d], k[L][d], v[L][d], q_transposed[d][LP], weights[L][LP]; };
+// weights[j][i]: of token j for token i, so that a vector holds the softmax of W tokens side by side.
+struct Head { float q[d][LP], weights[L][LP], d_out[d][LP], d_weights[L][LP]; };
 
-void pick(const float* from, int row, float (*to)[d]) {
-    for (int i = 0; i < L; i++) std::memcpy(to[i], from + i * row, sizeof to[i]);
-}
-
-void pad_and_transpose(const float (*x)[d], float (*y)[LP]) {
+// x, of a head in rows of `row` floats, times scale: as columns, padded with zeros.
+void gather(const float* x, int row, float scale, float (*y)[LP]) {
     for (int i = 0; i < LP; i++)
-        for (int c = 0; c < d; c++) y[c][i] = i < L ? x[i][c] : 0;
+        for (int c = 0; c < d; c++) y[c][i] = i < L ? scale * x[i * row + c] : 0;
 }
 
-// q (scaled), k, v and the softmax of q k^T of a head.
-void attend(const float (*qkv)[3 * D], int head, Head& h) {
-    pick(qkv[0] + head * d, 3 * D, h.q);
-    pick(qkv[0] + D + head * d, 3 * D, h.k);
-    pick(qkv[0] + 2 * D + head * d, 3 * D, h.v);
-    const float scale = 1 / std::sqrt(float(d));
-    for (int i = 0; i < L; i++)
-        for (int c = 0; c < d; c += W) at(h.q[i] + c) *= scale;
-    pad_and_transpose(h.q, h.q_transposed);
-    product<false, L, d, LP>(rows(h.k), h.q_transposed[0], LP, h.weights[0], LP);
+auto strided(const float* a, int row) { return [a, row](int i, int k) { return a[i * row + k]; }; }
+
+const float SCALE = 1 / std::sqrt(float(d));
+
+// h.weights: the softmax of q k^T / sqrt(d).
+void attend(const float* q, const float* k, Head& h) {
+    gather(q, 3 * D, SCALE, h.q);
+    product<false, L, d, LP>(strided(k, 3 * D), h.q[0], LP, h.weights[0], LP);
     for (int i = 0; i < LP; i += W) {
         vec most = at(h.weights[0] + i), total{};
         for (int j = 1; j < L; j++) most = max(most, at(h.weights[j] + i));
@@ -232,32 +229,30 @@ void attend(const float (*qkv)[3 * D], int head, Head& h) {
 
 void attention(const float (*qkv)[3 * D], float (*out)[D], Head& h) {
     for (int head = 0; head < HEADS; head++) {
-        attend(qkv, head, h);
-        product<false, L, L, d>(columns(h.weights), h.v[0], d, out[0] + head * d, D);
+        const float *q = qkv[0] + head * d, *k = q + D, *v = k + D;
+        attend(q, k, h);
+        product<false, L, L, d>(columns(h.weights), v, 3 * D, out[0] + head * d, D);
     }
 }
 
-struct HeadGradients { float out[L][d], out_transposed[d][LP], weights[L][LP]; };
-
-void attention_backward(const float (*qkv)[3 * D], const float (*d_out)[D], float (*d_qkv)[3 * D], Head& h,
-                        HeadGradients& g) {
-    const float scale = 1 / std::sqrt(float(d));
+void attention_backward(const float (*qkv)[3 * D], const float (*d_out)[D], float (*d_qkv)[3 * D], Head& h) {
     for (int head = 0; head < HEADS; head++) {
+        const float *q = qkv[0] + head * d, *k = q + D, *v = k + D, *d_head = d_out[0] + head * d;
         float *d_q = d_qkv[0] + head * d, *d_k = d_q + D, *d_v = d_k + D;
-        attend(qkv, head, h);
-        pick(d_out[0] + head * d, D, g.out);
-        pad_and_transpose(g.out, g.out_transposed);
-        product<false, L, L, d>(rows(h.weights), g.out[0], d, d_v, 3 * D);
-        product<false, L, d, LP>(rows(h.v), g.out_transposed[0], LP, g.weights[0], LP);
+        attend(q, k, h);
+        product<false, L, L, d>(rows(h.weights), d_head, D, d_v, 3 * D);
+        gather(d_head, D, 1, h.d_out);
+        product<false, L, d, LP>(strided(v, 3 * D), h.d_out[0], LP, h.d_weights[0], LP);
         for (int i = 0; i < LP; i += W) {  // through the softmax
             vec mean{};
-            for (int j = 0; j < L; j++) mean += at(h.weights[j] + i) * at(g.weights[j] + i);
-            for (int j = 0; j < L; j++) at(g.weights[j] + i) = at(h.weights[j] + i) * (at(g.weights[j] + i) - mean);
+            for (int j = 0; j < L; j++) mean += at(h.weights[j] + i) * at(h.d_weights[j] + i);
+            for (int j = 0; j < L; j++) {
+                vec& d_weight = at(h.d_weights[j] + i);
+                d_weight = SCALE * at(h.weights[j] + i) * (d_weight - mean);
+            }
         }
-        product<false, L, L, d>(columns(g.weights), h.k[0], d, d_q, 3 * D);
-        for (int i = 0; i < L; i++)
-            for (int c = 0; c < d; c += W) at(d_q + i * 3 * D + c) *= scale;
-        product<false, L, L, d>(rows(g.weights), h.q[0], d, d_k, 3 * D);
+        product<false, L, L, d>(columns(h.d_weights), k, 3 * D, d_q, 3 * D);
+        product<false, L, L, d>(rows(h.d_weights), q, 3 * D, d_k, 3 * D);
     }
 }
 
@@ -266,45 +261,43 @@ void attention_backward(const float (*qkv)[3 * D], const float (*d_out)[D], floa
 struct Scratch {
     Saved unsaved;
     Head head;
-    HeadGradients d_head;
     float normal[L][D], modulated[L][D], middle[L][D], activated[L][M], slope[L][M], inverse_std[L];
     float d_branch[L][D], d_modulated[L][D], d_middle[L][D], d_heads[L][D], d_qkv[L][3 * D], d_hidden[L][M];
 };
+thread_local Scratch t;
 
-void forward(const float (*x)[D], const Modulation& mod, const Weights& w, float (*out)[D], Saved& s, Scratch& t) {
+void forward(const Image& x, const Modulation& mod, const Parameters& w, const Transposed& wt, Image& out, Saved& s) {
     norm_modulate(x, mod.shift_attn, mod.scale_attn, t.normal, t.inverse_std, t.modulated);
-    linear(t.modulated, w.qkv, s.qkv);
+    linear(t.modulated, wt.qkv, w.qkv.bias, s.qkv);
     attention(s.qkv, s.heads, t.head);
-    linear(s.heads, w.proj, s.attn);
+    linear(s.heads, wt.proj, w.proj.bias, s.attn);
     add_gated(x, mod.gate_attn, s.attn, t.middle);
     norm_modulate(t.middle, mod.shift_mlp, mod.scale_mlp, t.normal, t.inverse_std, t.modulated);
-    linear(t.modulated, w.fc1, s.hidden);
+    linear(t.modulated, wt.fc1, w.fc1.bias, s.hidden);
     gelu(s.hidden, t.activated);
-    linear(t.activated, w.fc2, s.mlp);
+    linear(t.activated, wt.fc2, w.fc2.bias, s.mlp);
     add_gated(t.middle, mod.gate_mlp, s.mlp, out);
 }
 
-struct Transposed { float qkv[3 * D][D], proj[D][D], fc1[M][D], fc2[D][M]; };
-
-void backward(const float (*x)[D], const Modulation& mod, const Transposed& w, const Saved& s, const float (*d_out)[D],
-              float (*d_x)[D], Modulation& d_mod, Weights& d_w, Scratch& t) {
+void backward(const Image& x, const Modulation& mod, const Parameters& w, const Saved& s, const Image& d_out, Image& d_x,
+              Modulation& d_mod, Parameters& d_w) {
     add_gated_backward(mod.gate_mlp, s.mlp, d_out, t.d_branch, d_mod.gate_mlp);
     gelu_and_slope(s.hidden, t.activated, t.slope);
-    linear_backward(t.activated, t.d_branch, w.fc2[0], d_w.fc2, t.d_hidden);
+    linear_backward(t.activated, w.fc2, t.d_branch, d_w.fc2, t.d_hidden);
     for (int i = 0; i < L; i++)
         for (int j = 0; j < M; j += W) at(t.d_hidden[i] + j) *= at(t.slope[i] + j);
     add_gated(x, mod.gate_attn, s.attn, t.middle);
     norm_modulate(t.middle, mod.shift_mlp, mod.scale_mlp, t.normal, t.inverse_std, t.modulated);
-    linear_backward(t.modulated, t.d_hidden, w.fc1[0], d_w.fc1, t.d_modulated);
+    linear_backward(t.modulated, w.fc1, t.d_hidden, d_w.fc1, t.d_modulated);
     std::memcpy(t.d_middle, d_out, sizeof t.d_middle);
     norm_modulate_backward(t.normal, t.inverse_std, mod.scale_mlp, t.d_modulated, t.d_middle, d_mod.shift_mlp,
                            d_mod.scale_mlp);
 
     add_gated_backward(mod.gate_attn, s.attn, t.d_middle, t.d_branch, d_mod.gate_attn);
-    linear_backward(s.heads, t.d_branch, w.proj[0], d_w.proj, t.d_heads);
-    attention_backward(s.qkv, t.d_heads, t.d_qkv, t.head, t.d_head);
+    linear_backward(s.heads, w.proj, t.d_branch, d_w.proj, t.d_heads);
+    attention_backward(s.qkv, t.d_heads, t.d_qkv, t.head);
     norm_modulate(x, mod.shift_attn, mod.scale_attn, t.normal, t.inverse_std, t.modulated);
-    linear_backward(t.modulated, t.d_qkv, w.qkv[0], d_w.qkv, t.d_modulated);
+    linear_backward(t.modulated, w.qkv, t.d_qkv, d_w.qkv, t.d_modulated);
     std::memcpy(d_x, t.d_middle, sizeof t.d_middle);
     norm_modulate_backward(t.normal, t.inverse_std, mod.scale_attn, t.d_modulated, d_x, d_mod.shift_attn, d_mod.scale_attn);
 }
@@ -315,30 +308,27 @@ extern "C" {
 
 int64_t saved_floats() { return sizeof(Saved) / sizeof(float); }
 
+void transposed(const Parameters* w, Transposed* wt) {
+    transpose<3 * D, D>(w->qkv.weight, wt->qkv);
+    transpose<D, D>(w->proj.weight, wt->proj);
+    transpose<M, D>(w->fc1.weight, wt->fc1);
+    transpose<D, M>(w->fc2.weight, wt->fc2);
+}
+
 // x, out: (N, L, D); mod: (N, 6, D); saved: (N, saved_floats()), or null when no backward pass will follow.
-void block_forward(int64_t N, const Image* x, const Modulation* mod, const Weights* w, Image* out, Saved* saved, int threads) {
-    #pragma omp parallel num_threads(threads)
-    {
-        std::unique_ptr<Scratch> scratch(new Scratch);
-        #pragma omp for schedule(static)
-        for (int64_t n = 0; n < N; n++) forward(x[n], mod[n], *w, out[n], saved ? saved[n] : scratch->unsaved, *scratch);
-    }
+void block_forward(int64_t N, const Image* x, const Modulation* mod, const Parameters* w, const Transposed* wt, Image* out,
+                   Saved* saved, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = 0; n < N; n++) forward(x[n], mod[n], *w, *wt, out[n], saved ? saved[n] : t.unsaved);
 }
 
 // d_w: (threads), zeros, to each of which one thread adds the gradients of its images.
-void block_backward(int64_t N, const Image* x, const Modulation* mod, const Weights* w, const Saved* saved, const Image* d_out,
-                    Image* d_x, Modulation* d_mod, Weights* d_w, int threads) {
-    std::unique_ptr<Transposed> transposed(new Transposed);
-    transpose<D, 3 * D>(w->qkv.weight, transposed->qkv);
-    transpose<D, D>(w->proj.weight, transposed->proj);
-    transpose<D, M>(w->fc1.weight, transposed->fc1);
-    transpose<M, D>(w->fc2.weight, transposed->fc2);
+void block_backward(int64_t N, const Image* x, const Modulation* mod, const Parameters* w, const Saved* saved,
+                    const Image* d_out, Image* d_x, Modulation* d_mod, Parameters* d_w, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int thread = 0; thread < threads; thread++) {
-        std::unique_ptr<Scratch> scratch(new Scratch);
+    for (int thread = 0; thread < threads; thread++)
         for (int64_t n = N * thread / threads; n < N * (thread + 1) / threads; n++)
-            backward(x[n], mod[n], *transposed, saved[n], d_out[n], d_x[n], d_mod[n], d_w[thread], *scratch);
-    }
+            backward(x[n], mod[n], *w, saved[n], d_out[n], d_x[n], d_mod[n], d_w[thread]);
 }
 
 }

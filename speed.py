@@ -89,41 +89,47 @@ class FusedBlock(nn.Module):
     def __init__(self, block: DiTBlock, library: ctypes.CDLL, frozen: bool):
         super().__init__()
         self.block, self.library = block, library
+        layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+        self.in_order = [values for layer in layers for values in (layer.weight, layer.bias)]  # as in `Parameters` there
         self.packed = self.pack() if frozen else None
 
-    def pack(self) -> Tensor:
-        """The parameters in one tensor, as `Weights` in dit_block.cpp has them; differentiable."""
-        attn, mlp = self.block.attn, self.block.mlp
-        return torch.cat([values.flatten() for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
-                          for values in (layer.weight.t(), layer.bias)])
+    @torch.no_grad()
+    def pack(self) -> tuple[Tensor, Tensor]:
+        """The `Parameters` and `Transposed` of dit_block.cpp."""
+        packed = torch.cat([values.flatten() for values in self.in_order])
+        transposed = torch.empty_like(packed)
+        self.library.transposed(*addresses(packed, transposed))
+        return packed, transposed
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        packed = self.pack() if self.packed is None else self.packed
-        return BlockFunction.apply(x.contiguous(), self.block.adaLN_modulation(c), packed, self.library)
+        return BlockFunction.apply(x.contiguous(), self.block.adaLN_modulation(c), self.packed or self.pack(), self.library,
+                                   *self.in_order)
 
 
 class BlockFunction(torch.autograd.Function):
-    """x: (N, L, D), modulation: (N, 6D), packed: (all values of the parameters,) -> (N, L, D)."""
+    """x: (N, L, D), modulation: (N, 6D), the packed parameters, and themselves, to take the gradients -> (N, L, D)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, modulation: Tensor, packed: Tensor, library: ctypes.CDLL) -> Tensor:
+    def forward(ctx, x: Tensor, modulation: Tensor, packed: tuple[Tensor, Tensor], library: ctypes.CDLL,
+                *parameters: Tensor) -> Tensor:
         out = torch.empty_like(x)
         saved = x.new_empty(len(x), library.saved_floats()) if any(ctx.needs_input_grad) else None
-        library.block_forward(len(x), *addresses(x, modulation, packed, out, saved), torch.get_num_threads())
+        library.block_forward(len(x), *addresses(x, modulation, *packed, out, saved), torch.get_num_threads())
         if saved is not None:
-            ctx.library = library
-            ctx.save_for_backward(x, modulation, packed, saved)
+            ctx.library, ctx.shapes = library, [values.shape for values in parameters]
+            ctx.save_for_backward(x, modulation, packed[0], saved)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, modulation, packed, saved = ctx.saved_tensors
         d_x, d_modulation, threads = torch.empty_like(x), torch.empty_like(modulation), torch.get_num_threads()
         d_packed = packed.new_zeros(threads, len(packed))
         tensors = (x, modulation, packed, saved, d_out.contiguous(), d_x, d_modulation, d_packed)
         ctx.library.block_backward(len(x), *addresses(*tensors), threads)
-        return d_x, d_modulation, d_packed.sum(0), None
+        d_parameters = d_packed.sum(0).split([shape.numel() for shape in ctx.shapes])
+        return d_x, d_modulation, None, None, *(d.view(shape) for d, shape in zip(d_parameters, ctx.shapes, strict=True))
 
 
 def addresses(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
