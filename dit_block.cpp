@@ -29,16 +29,20 @@ struct Modulation { float shift_attn[D], scale_attn[D], gate_attn[D], shift_mlp[
 typedef float Image[L][D];
 
 // What the backward pass needs of the forward pass; it recomputes the rest.
-struct Saved { float qkv[L][3 * D], heads[L][D], attn[L][D], hidden[L][M], mlp[L][D]; };
+struct Saved { float x[L][D], qkv[L][3 * D], heads[L][D], attn[L][D], hidden[L][M], mlp[L][D]; };
 
 // ---- Functions of vectors
 
-float sum(vec x) {
-    float total = 0;
-    for (int i = 0; i < W; i++) total += x[i];
-    return total;
+template <int N> float sum_of(const float* x) {
+    if constexpr (N == 1) return x[0];
+    else {
+        typedef float part __attribute__((vector_size(2 * N), aligned(4), may_alias));
+        part total = *(const part*)x + *(const part*)(x + N / 2);
+        float y[N/2]; std::memcpy(y,&total,sizeof y);
+        return sum_of<N / 2>(y);
+    }
 }
-
+float sum(vec x) { float part[W]; std::memcpy(part, &x, sizeof part); return sum_of<W>(part); }
 vec max(vec a, vec b) { return a > b ? a : b; }
 
 // e^x = 2^n e^r with n whole and |r| <= ln(2) / 2; the polynomial and the two parts of ln(2) are those of Cephes' expf.
@@ -75,21 +79,21 @@ constexpr int TILE_VECTORS = 1;
 #endif
 
 // C = A B, or C += A B: A(i, k), B[k][j], C[i][j], with ROWS x K and K x COLUMNS.
-template <bool ADD, int ROWS, int K, int COLUMNS, class A>
-inline void product(A a, const float* b, int b_row, float* c, int c_row) {
+template <int ROWS, int K, int COLUMNS, class A>
+inline void product(A a, const float* b, int b_row, float* c, int c_row, const float* start = nullptr, int start_row = 0) {
     constexpr int R = divisor(ROWS, 7 < ROWS ? 7 : ROWS);
     constexpr int V = divisor(COLUMNS / W, TILE_VECTORS);
     for (int j = 0; j < COLUMNS; j += V * W)
         for (int i = 0; i < ROWS; i += R) {
             vec tile[R][V] = {};
+            if (start)
+                for (int r = 0; r < R; r++)
+                    for (int v = 0; v < V; v++) tile[r][v] = at(start + (i + r) * start_row + j + v * W);
             for (int k = 0; k < K; k++)
                 for (int v = 0; v < V; v++)
                     for (int r = 0; r < R; r++) tile[r][v] += a(i + r, k) * at(b + k * b_row + j + v * W);
             for (int r = 0; r < R; r++)
-                for (int v = 0; v < V; v++) {
-                    vec& out = at(c + (i + r) * c_row + j + v * W);
-                    out = ADD ? out + tile[r][v] : tile[r][v];
-                }
+                for (int v = 0; v < V; v++) at(c + (i + r) * c_row + j + v * W) = tile[r][v];
         }
 }
 
@@ -98,19 +102,17 @@ template <int COLUMNS> auto columns(const float (*a)[COLUMNS]) { return [a](int 
 
 template <int IN, int OUT>
 void linear(const float (*x)[IN], const float (*transposed)[OUT], const float* bias, float (*y)[OUT]) {
-    product<false, L, IN, OUT>(rows(x), transposed[0], OUT, y[0], OUT);
-    for (int i = 0; i < L; i++)
-        for (int j = 0; j < OUT; j += W) at(y[i] + j) += at(bias + j);
+    product<L, IN, OUT>(rows(x), transposed[0], OUT, y[0], OUT, bias);
 }
 
 // Adds to the gradients of the layer, and writes that of x.
 template <int IN, int OUT>
 void linear_backward(const float (*x)[IN], const Linear<IN, OUT>& layer, const float (*d_y)[OUT], Linear<IN, OUT>& d_layer,
                      float (*d_x)[IN]) {
-    product<true, OUT, L, IN>(columns(d_y), x[0], IN, d_layer.weight[0], IN);
+    product<OUT, L, IN>(columns(d_y), x[0], IN, d_layer.weight[0], IN, d_layer.weight[0], IN);
     for (int i = 0; i < L; i++)
         for (int j = 0; j < OUT; j += W) at(d_layer.bias + j) += at(d_y[i] + j);
-    product<false, L, OUT, IN>(rows(d_y), layer.weight[0], IN, d_x[0], IN);
+    product<L, OUT, IN>(rows(d_y), layer.weight[0], IN, d_x[0], IN);
 }
 
 template <int ROWS, int COLUMNS> void transpose(const float (*x)[COLUMNS], float (*y)[ROWS]) {
@@ -217,7 +219,7 @@ const float SCALE = 1 / std::sqrt(float(d));
 // h.weights: the softmax of q k^T / sqrt(d).
 void attend(const float* q, const float* k, Head& h) {
     gather(q, 3 * D, SCALE, h.q);
-    product<false, L, d, LP>(strided(k, 3 * D), h.q[0], LP, h.weights[0], LP);
+    product<L, d, LP>(strided(k, 3 * D), h.q[0], LP, h.weights[0], LP);
     for (int i = 0; i < LP; i += W) {
         vec most = at(h.weights[0] + i), total{};
         for (int j = 1; j < L; j++) most = max(most, at(h.weights[j] + i));
@@ -231,7 +233,7 @@ void attention(const float (*qkv)[3 * D], float (*out)[D], Head& h) {
     for (int head = 0; head < HEADS; head++) {
         const float *q = qkv[0] + head * d, *k = q + D, *v = k + D;
         attend(q, k, h);
-        product<false, L, L, d>(columns(h.weights), v, 3 * D, out[0] + head * d, D);
+        product<L, L, d>(columns(h.weights), v, 3 * D, out[0] + head * d, D);
     }
 }
 
@@ -240,9 +242,9 @@ void attention_backward(const float (*qkv)[3 * D], const float (*d_out)[D], floa
         const float *q = qkv[0] + head * d, *k = q + D, *v = k + D, *d_head = d_out[0] + head * d;
         float *d_q = d_qkv[0] + head * d, *d_k = d_q + D, *d_v = d_k + D;
         attend(q, k, h);
-        product<false, L, L, d>(rows(h.weights), d_head, D, d_v, 3 * D);
+        product<L, L, d>(rows(h.weights), d_head, D, d_v, 3 * D);
         gather(d_head, D, 1, h.d_out);
-        product<false, L, d, LP>(strided(v, 3 * D), h.d_out[0], LP, h.d_weights[0], LP);
+        product<L, d, LP>(strided(v, 3 * D), h.d_out[0], LP, h.d_weights[0], LP);
         for (int i = 0; i < LP; i += W) {  // through the softmax
             vec mean{};
             for (int j = 0; j < L; j++) mean += at(h.weights[j] + i) * at(h.d_weights[j] + i);
@@ -251,27 +253,27 @@ void attention_backward(const float (*qkv)[3 * D], const float (*d_out)[D], floa
                 d_weight = SCALE * at(h.weights[j] + i) * (d_weight - mean);
             }
         }
-        product<false, L, L, d>(columns(h.d_weights), k, 3 * D, d_q, 3 * D);
-        product<false, L, L, d>(rows(h.d_weights), q, 3 * D, d_k, 3 * D);
+        product<L, L, d>(columns(h.d_weights), k, 3 * D, d_q, 3 * D);
+        product<L, L, d>(rows(h.d_weights), q, 3 * D, d_k, 3 * D);
     }
 }
 
 // ---- The block
 
-struct Scratch {
+struct alignas(64) Scratch {
     Saved unsaved;
     Head head;
-    float normal[L][D], modulated[L][D], middle[L][D], activated[L][M], slope[L][M], inverse_std[L];
-    float d_branch[L][D], d_modulated[L][D], d_middle[L][D], d_heads[L][D], d_qkv[L][3 * D], d_hidden[L][M];
+    float normal[L][D], modulated[L][D], middle[L][D], activated[L][M], slope[L][M];
+    float d_branch[L][D], d_modulated[L][D], d_middle[L][D], d_heads[L][D], d_qkv[L][3 * D], d_hidden[L][M], inverse_std[L];
 };
 thread_local Scratch t;
 
-void forward(const Image& x, const Modulation& mod, const Parameters& w, const Transposed& wt, Image& out, Saved& s) {
-    norm_modulate(x, mod.shift_attn, mod.scale_attn, t.normal, t.inverse_std, t.modulated);
+void forward(const Modulation& mod, const Parameters& w, const Transposed& wt, Image& out, Saved& s) {
+    norm_modulate(s.x, mod.shift_attn, mod.scale_attn, t.normal, t.inverse_std, t.modulated);
     linear(t.modulated, wt.qkv, w.qkv.bias, s.qkv);
     attention(s.qkv, s.heads, t.head);
     linear(s.heads, wt.proj, w.proj.bias, s.attn);
-    add_gated(x, mod.gate_attn, s.attn, t.middle);
+    add_gated(s.x, mod.gate_attn, s.attn, t.middle);
     norm_modulate(t.middle, mod.shift_mlp, mod.scale_mlp, t.normal, t.inverse_std, t.modulated);
     linear(t.modulated, wt.fc1, w.fc1.bias, s.hidden);
     gelu(s.hidden, t.activated);
@@ -279,14 +281,14 @@ void forward(const Image& x, const Modulation& mod, const Parameters& w, const T
     add_gated(t.middle, mod.gate_mlp, s.mlp, out);
 }
 
-void backward(const Image& x, const Modulation& mod, const Parameters& w, const Saved& s, const Image& d_out, Image& d_x,
+void backward(const Modulation& mod, const Parameters& w, const Saved& s, const Image& d_out, Image& d_x,
               Modulation& d_mod, Parameters& d_w) {
     add_gated_backward(mod.gate_mlp, s.mlp, d_out, t.d_branch, d_mod.gate_mlp);
     gelu_and_slope(s.hidden, t.activated, t.slope);
     linear_backward(t.activated, w.fc2, t.d_branch, d_w.fc2, t.d_hidden);
     for (int i = 0; i < L; i++)
         for (int j = 0; j < M; j += W) at(t.d_hidden[i] + j) *= at(t.slope[i] + j);
-    add_gated(x, mod.gate_attn, s.attn, t.middle);
+    add_gated(s.x, mod.gate_attn, s.attn, t.middle);
     norm_modulate(t.middle, mod.shift_mlp, mod.scale_mlp, t.normal, t.inverse_std, t.modulated);
     linear_backward(t.modulated, w.fc1, t.d_hidden, d_w.fc1, t.d_modulated);
     std::memcpy(t.d_middle, d_out, sizeof t.d_middle);
@@ -296,7 +298,7 @@ void backward(const Image& x, const Modulation& mod, const Parameters& w, const 
     add_gated_backward(mod.gate_attn, s.attn, t.d_middle, t.d_branch, d_mod.gate_attn);
     linear_backward(s.heads, w.proj, t.d_branch, d_w.proj, t.d_heads);
     attention_backward(s.qkv, t.d_heads, t.d_qkv, t.head);
-    norm_modulate(x, mod.shift_attn, mod.scale_attn, t.normal, t.inverse_std, t.modulated);
+    norm_modulate(s.x, mod.shift_attn, mod.scale_attn, t.normal, t.inverse_std, t.modulated);
     linear_backward(t.modulated, w.qkv, t.d_qkv, d_w.qkv, t.d_modulated);
     std::memcpy(d_x, t.d_middle, sizeof t.d_middle);
     norm_modulate_backward(t.normal, t.inverse_std, mod.scale_attn, t.d_modulated, d_x, d_mod.shift_attn, d_mod.scale_attn);
@@ -308,27 +310,38 @@ extern "C" {
 
 int64_t saved_floats() { return sizeof(Saved) / sizeof(float); }
 
-void transposed(const Parameters* w, Transposed* wt) {
-    transpose<3 * D, D>(w->qkv.weight, wt->qkv);
-    transpose<D, D>(w->proj.weight, wt->proj);
-    transpose<M, D>(w->fc1.weight, wt->fc1);
-    transpose<D, M>(w->fc2.weight, wt->fc2);
+void transposed(int64_t depth, const Parameters* w, Transposed* wt) {
+    for (int64_t b = 0; b < depth; b++) {
+        transpose<3 * D, D>(w[b].qkv.weight, wt[b].qkv);
+        transpose<D, D>(w[b].proj.weight, wt[b].proj);
+        transpose<M, D>(w[b].fc1.weight, wt[b].fc1);
+        transpose<D, M>(w[b].fc2.weight, wt[b].fc2);
+    }
 }
 
-// x, out: (N, L, D); mod: (N, 6, D); saved: (N, saved_floats()), or null when no backward pass will follow.
-void block_forward(int64_t N, const Image* x, const Modulation* mod, const Parameters* w, const Transposed* wt, Image* out,
-                   Saved* saved, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < N; n++) forward(x[n], mod[n], *w, *wt, out[n], saved ? saved[n] : t.unsaved);
+// x, out: (N, L, D); mod: (depth, N, 6, D); saved: (depth, N, saved_floats()), or null when no backward pass will follow.
+void blocks_forward(int64_t depth, int64_t N, const Image* x, const Modulation* mod, const Parameters* w,
+                    const Transposed* wt, Image* out, Saved* saved, int threads) {
+    #pragma omp parallel num_threads(threads)
+    for (int64_t b = 0; b < depth; b++) {
+        #pragma omp for schedule(static) nowait  // each thread goes on with its own images
+        for (int64_t n = 0; n < N; n++) {
+            Saved& s = saved ? saved[b * N + n] : t.unsaved;
+            std::memcpy(s.x, b ? out[n] : x[n], sizeof s.x);
+            forward(mod[b * N + n], w[b], wt[b], out[n], s);
+        }
+    }
 }
 
-// d_w: (threads), zeros, to each of which one thread adds the gradients of its images.
-void block_backward(int64_t N, const Image* x, const Modulation* mod, const Parameters* w, const Saved* saved,
-                    const Image* d_out, Image* d_x, Modulation* d_mod, Parameters* d_w, int threads) {
+// d_w: (threads, depth), zeros, to which each thread adds the gradients of its images.
+void blocks_backward(int64_t depth, int64_t N, const Modulation* mod, const Parameters* w, const Saved* saved,
+                     const Image* d_out, Image* d_x, Modulation* d_mod, Parameters* d_w, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++)
-        for (int64_t n = N * thread / threads; n < N * (thread + 1) / threads; n++)
-            backward(x[n], mod[n], *w, saved[n], d_out[n], d_x[n], d_mod[n], d_w[thread]);
+        for (int64_t b = depth - 1; b >= 0; b--)
+            for (int64_t n = N * thread / threads; n < N * (thread + 1) / threads; n++)
+                backward(mod[b * N + n], w[b], saved[b * N + n], b == depth - 1 ? d_out[n] : d_x[n], d_x[n],
+                         d_mod[b * N + n], d_w[thread * depth + b]);
 }
 
 }

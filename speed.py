@@ -80,60 +80,64 @@ def tabulated(model: DiT, times: Tensor, labels: Tensor) -> DiT:
     return fused(fast, frozen=True)
 
 
-class FusedBlock(nn.Module):
-    """A DiTBlock computed by dit_block.cpp, in float32 on a CPU. x: (N, L, D), c: (N, D) -> (N, L, D).
+class FusedBlocks(nn.Module):
+    """All blocks of a DiT, one after the other, computed by dit_block.cpp. x: (N, L, D), c: (N, D) -> (N, L, D).
 
-    frozen: its parameters will not change, nor need gradients.
+    frozen: the parameters will not change, nor need gradients.
     """
 
-    def __init__(self, block: DiTBlock, library: ctypes.CDLL, frozen: bool):
+    def __init__(self, blocks: nn.ModuleList, library: ctypes.CDLL, frozen: bool):
         super().__init__()
-        self.block, self.library = block, library
-        layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-        self.in_order = [values for layer in layers for values in (layer.weight, layer.bias)]  # as in `Parameters` there
+        self.blocks, self.library = blocks, library
+        self.ordered = [values for block in blocks for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+                        for values in (layer.weight, layer.bias)]  # as `Parameters` in dit_block.cpp
         self.packed = self.pack() if frozen else None
 
     @torch.no_grad()
     def pack(self) -> tuple[Tensor, Tensor]:
-        """The `Parameters` and `Transposed` of dit_block.cpp."""
-        packed = torch.cat([values.flatten() for values in self.in_order])
+        """The `Parameters` and `Transposed` of dit_block.cpp, (depth, values of a block) each."""
+        packed = torch.cat([values.flatten() for values in self.ordered]).reshape(len(self.blocks), -1)
         transposed = torch.empty_like(packed)
-        self.library.transposed(*addresses(packed, transposed))
+        self.library.transposed(*arguments(len(packed), packed, transposed))
         return packed, transposed
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return BlockFunction.apply(x.contiguous(), self.block.adaLN_modulation(c), self.packed or self.pack(), self.library,
-                                   *self.in_order)
+        modulations = torch.stack([block.adaLN_modulation(c) for block in self.blocks])  # (depth, N, 6D)
+        return BlocksFunction.apply(x.contiguous(), modulations, self.packed or self.pack(), self.library, *self.ordered)
 
 
-class BlockFunction(torch.autograd.Function):
-    """x: (N, L, D), modulation: (N, 6D), the packed parameters, and themselves, to take the gradients -> (N, L, D)."""
+class BlocksFunction(torch.autograd.Function):
+    """x: (N, L, D), modulations: (depth, N, 6D), the packed parameters, and themselves, for their gradients -> (N, L, D)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, modulation: Tensor, packed: tuple[Tensor, Tensor], library: ctypes.CDLL,
+    def forward(ctx, x: Tensor, modulations: Tensor, packed: tuple[Tensor, Tensor], library: ctypes.CDLL,
                 *parameters: Tensor) -> Tensor:
+        depth, N = len(modulations), len(x)
         out = torch.empty_like(x)
-        saved = x.new_empty(len(x), library.saved_floats()) if any(ctx.needs_input_grad) else None
-        library.block_forward(len(x), *addresses(x, modulation, *packed, out, saved), torch.get_num_threads())
+        saved = x.new_empty(depth, N, library.saved_floats()) if any(ctx.needs_input_grad) else None
+        library.blocks_forward(*arguments(depth, N, x, modulations, *packed, out, saved), torch.get_num_threads())
         if saved is not None:
             ctx.library, ctx.shapes = library, [values.shape for values in parameters]
-            ctx.save_for_backward(x, modulation, packed[0], saved)
+            ctx.save_for_backward(modulations, packed[0], saved)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, modulation, packed, saved = ctx.saved_tensors
-        d_x, d_modulation, threads = torch.empty_like(x), torch.empty_like(modulation), torch.get_num_threads()
-        d_packed = packed.new_zeros(threads, len(packed))
-        tensors = (x, modulation, packed, saved, d_out.contiguous(), d_x, d_modulation, d_packed)
-        ctx.library.block_backward(len(x), *addresses(*tensors), threads)
+        modulations, packed, saved = ctx.saved_tensors
+        d_x, d_modulations = torch.empty_like(d_out, memory_format=torch.contiguous_format), torch.empty_like(modulations)
+        threads = torch.get_num_threads()
+        d_packed = packed.new_zeros(threads, packed.numel())
+        ctx.library.blocks_backward(*arguments(len(modulations), len(d_out), modulations, packed, saved, d_out.contiguous(), d_x,
+                                               d_modulations, d_packed), threads)
         d_parameters = d_packed.sum(0).split([shape.numel() for shape in ctx.shapes])
-        return d_x, d_modulation, None, None, *(d.view(shape) for d, shape in zip(d_parameters, ctx.shapes, strict=True))
+        return d_x, d_modulations, None, None, *(d.view(shape) for d, shape in zip(d_parameters, ctx.shapes, strict=True))
 
 
-def addresses(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+def arguments(*values: int | Tensor | None) -> list[ctypes.c_int64 | ctypes.c_void_p]:
+    """Whole numbers, and the addresses of tensors, as C has them."""
+    return [ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_void_p(None if value is None else value.data_ptr())
+            for value in values]
 
 
 @cache
@@ -158,7 +162,7 @@ def block_library(tokens: int, hidden_size: int, num_heads: int, mlp_size: int) 
 
 
 def fused(model: DiT, frozen: bool = False) -> DiT:
-    """A copy that shares the parameters of `model` and computes its blocks as `FusedBlock`; `model` where that cannot be."""
+    """A copy that shares the parameters of `model` and computes its blocks as `FusedBlocks`; `model` where that cannot be."""
     config, values = model.config, [*model.parameters(), *model.buffers()]
     mlp_size = model.blocks[0].mlp.fc1.out_features
     suited = (config.hidden_size // config.num_heads % 4 == 0 and mlp_size % 16 == 0 and config.hidden_size <= LARGEST_FUSED
@@ -171,12 +175,12 @@ def fused(model: DiT, frozen: bool = False) -> DiT:
     except (OSError, subprocess.CalledProcessError):
         return model
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in values})
-    copied.blocks = nn.ModuleList(FusedBlock(block, library, frozen) for block in copied.blocks)
+    copied.blocks = nn.ModuleList([FusedBlocks(copied.blocks, library, frozen)])
     return copied
 
 
 def is_fused(network: nn.Module) -> bool:
-    return any(isinstance(module, FusedBlock) for module in network.modules())
+    return any(isinstance(module, FusedBlocks) for module in network.modules())
 
 
 def compiled(model: DiT, *batch: Tensor) -> nn.Module:

@@ -48,7 +48,7 @@ def medians(device: torch.device, calls: dict[str, Callable[[], object]], rounds
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(seconds(device, call, repeats=10 if name == "product" else 1))
+            times[name].append(seconds(device, call, repeats=10 if name == "product" else 5))
     middle = {name: statistics.median(values) for name, values in times.items()}
     return middle, 2 * side**3 / middle.pop("product")
 
