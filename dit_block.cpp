@@ -29,7 +29,18 @@ struct Modulation { float shift_attn[D], scale_attn[D], gate_attn[D], shift_mlp[
 typedef float Image[L][D];
 
 // What the backward pass needs of the forward pass; it recomputes the rest.
-struct Saved { float x[L][D], qkv[L][3 * D], heads[L][D], attn[L][D], hidden[L][M], mlp[L][D]; };
+struct Saved { float x[L][D], qkv[L][3 * D], heads[L][D], middle[L][D], hidden[L][M]; };
+
+// weights[j][i]: of token j for token i, so that a vector holds the softmax of W tokens side by side.
+struct Head { float q[d][LP], weights[L][LP], d_out[d][LP], d_weights[L][LP]; };
+
+struct alignas(64) Scratch {
+    Saved unsaved;
+    Head head;
+    float normal[L][D], modulated[L][D], branch[L][D], d_branch[L][D], d_qkv[L][3 * D], activated[L][M], slope[L][M];
+    float inverse_std[L];
+};
+thread_local Scratch t;
 
 // ---- Functions of vectors
 
@@ -78,41 +89,65 @@ constexpr int TILE_VECTORS = 4;  // 7 rows of 4 vectors fill the 32 registers bu
 constexpr int TILE_VECTORS = 1;
 #endif
 
-// C = A B, or C += A B: A(i, k), B[k][j], C[i][j], with ROWS x K and K x COLUMNS.
-template <int ROWS, int K, int COLUMNS, class A>
-inline void product(A a, const float* b, int b_row, float* c, int c_row, const float* start = nullptr, int start_row = 0) {
-    constexpr int R = divisor(ROWS, 7 < ROWS ? 7 : ROWS);
+// A B, with A(i, k) of ROWS x K and b[k * b_row + j] of K x COLUMNS: hands the vector at each (i, j) to put(i, j, vector).
+template <int ROWS, int K, int COLUMNS, class A, class Put>
+inline void product(A a, const float* b, int b_row, Put put) {
+    constexpr int R = divisor(ROWS, ROWS < 7 ? ROWS : 7);
     constexpr int V = divisor(COLUMNS / W, TILE_VECTORS);
     for (int j = 0; j < COLUMNS; j += V * W)
         for (int i = 0; i < ROWS; i += R) {
             vec tile[R][V] = {};
-            if (start)
-                for (int r = 0; r < R; r++)
-                    for (int v = 0; v < V; v++) tile[r][v] = at(start + (i + r) * start_row + j + v * W);
             for (int k = 0; k < K; k++)
                 for (int v = 0; v < V; v++)
                     for (int r = 0; r < R; r++) tile[r][v] += a(i + r, k) * at(b + k * b_row + j + v * W);
             for (int r = 0; r < R; r++)
-                for (int v = 0; v < V; v++) at(c + (i + r) * c_row + j + v * W) = tile[r][v];
+                for (int v = 0; v < V; v++) put(i + r, j + v * W, tile[r][v]);
         }
 }
 
-template <int COLUMNS> auto rows(const float (*a)[COLUMNS]) { return [a](int i, int k) { return a[i][k]; }; }
-template <int COLUMNS> auto columns(const float (*a)[COLUMNS]) { return [a](int i, int k) { return a[k][i]; }; }
+// A: x, or its transpose, with `row` floats from one row of x to the next.
+auto rows(const float* x, int row) { return [=](int i, int k) { return x[i * row + k]; }; }
+auto columns(const float* x, int row) { return [=](int i, int k) { return x[k * row + i]; }; }
+auto into(float* c, int row) { return [=](int i, int j, vec value) { at(c + i * row + j) = value; }; }
 
 template <int IN, int OUT>
 void linear(const float (*x)[IN], const float (*transposed)[OUT], const float* bias, float (*y)[OUT]) {
-    product<L, IN, OUT>(rows(x), transposed[0], OUT, y[0], OUT, bias);
+    product<L, IN, OUT>(rows(x[0], IN), transposed[0], OUT, [=](int i, int j, vec value) { at(y[i] + j) = value + at(bias + j); });
 }
 
-// Adds to the gradients of the layer, and writes that of x.
+// Adds to the gradients of the layer, and writes that of x, which may take the place of x.
 template <int IN, int OUT>
 void linear_backward(const float (*x)[IN], const Linear<IN, OUT>& layer, const float (*d_y)[OUT], Linear<IN, OUT>& d_layer,
                      float (*d_x)[IN]) {
-    product<OUT, L, IN>(columns(d_y), x[0], IN, d_layer.weight[0], IN, d_layer.weight[0], IN);
+    product<OUT, L, IN>(columns(d_y[0], OUT), x[0], IN, [&](int i, int j, vec value) { at(d_layer.weight[i] + j) += value; });
     for (int i = 0; i < L; i++)
         for (int j = 0; j < OUT; j += W) at(d_layer.bias + j) += at(d_y[i] + j);
-    product<L, OUT, IN>(rows(d_y), layer.weight[0], IN, d_x[0], IN);
+    product<L, OUT, IN>(rows(d_y[0], OUT), layer.weight[0], IN, into(d_x[0], IN));
+}
+
+// Of x + gate * linear(h): adds to the gradients of the layer, and writes those of the gate and, which may take its place, of h.
+//
+// The gradient of the gate is a sum of d_y * linear(h). linear(h) is not kept: the sum follows from columns(d_y) h, which the
+// gradient of the weight is made of.
+template <int IN>
+void gated_linear_backward(const float (*h)[IN], const Linear<IN, D>& layer, const float* gate, const float (*d_y)[D],
+                           Linear<IN, D>& d_layer, float* d_gate, float (*d_h)[IN]) {
+    vec along[D] = {};
+    product<D, L, IN>(columns(d_y[0], D), h[0], IN, [&](int i, int j, vec value) {
+        at(d_layer.weight[i] + j) += gate[i] * value;
+        along[i] += at(layer.weight[i] + j) * value;
+    });
+    for (int c = 0; c < D; c += W) {
+        vec total{};
+        for (int i = 0; i < L; i++) {
+            total += at(d_y[i] + c);
+            at(t.d_branch[i] + c) = at(gate + c) * at(d_y[i] + c);
+        }
+        at(d_layer.bias + c) += at(gate + c) * total;
+        at(d_gate + c) = at(layer.bias + c) * total;
+    }
+    for (int c = 0; c < D; c++) d_gate[c] += sum(along[c]);
+    product<L, D, IN>(rows(t.d_branch[0], D), layer.weight[0], IN, into(d_h[0], IN));
 }
 
 template <int ROWS, int COLUMNS> void transpose(const float (*x)[COLUMNS], float (*y)[ROWS]) {
@@ -169,18 +204,6 @@ void add_gated(const float (*x)[D], const float* gate, const float (*branch)[D],
         for (int c = 0; c < D; c += W) at(y[i] + c) = at(x[i] + c) + at(gate + c) * at(branch[i] + c);
 }
 
-void add_gated_backward(const float* gate, const float (*branch)[D], const float (*d_y)[D], float (*d_branch)[D],
-                        float* d_gate) {
-    for (int c = 0; c < D; c += W) {
-        vec total{};
-        for (int i = 0; i < L; i++) {
-            total += at(d_y[i] + c) * at(branch[i] + c);
-            at(d_branch[i] + c) = at(d_y[i] + c) * at(gate + c);
-        }
-        at(d_gate + c) = total;
-    }
-}
-
 // ---- GELU, as x sigmoid(2u) with 2u = s (x + 0.044715 x^3), s = 2 sqrt(2 / pi)
 
 constexpr float S = 1.5957691216f, CUBE = 0.044715f;
@@ -203,23 +226,18 @@ void gelu_and_slope(const float (*x)[M], float (*y)[M], float (*slope)[M]) {
 
 // ---- Attention, a head at a time
 
-// weights[j][i]: of token j for token i, so that a vector holds the softmax of W tokens side by side.
-struct Head { float q[d][LP], weights[L][LP], d_out[d][LP], d_weights[L][LP]; };
-
 // x, of a head in rows of `row` floats, times scale: as columns, padded with zeros.
 void gather(const float* x, int row, float scale, float (*y)[LP]) {
     for (int i = 0; i < LP; i++)
         for (int c = 0; c < d; c++) y[c][i] = i < L ? scale * x[i * row + c] : 0;
 }
 
-auto strided(const float* a, int row) { return [a, row](int i, int k) { return a[i * row + k]; }; }
-
 const float SCALE = 1 / std::sqrt(float(d));
 
 // h.weights: the softmax of q k^T / sqrt(d).
 void attend(const float* q, const float* k, Head& h) {
     gather(q, 3 * D, SCALE, h.q);
-    product<L, d, LP>(strided(k, 3 * D), h.q[0], LP, h.weights[0], LP);
+    product<L, d, LP>(rows(k, 3 * D), h.q[0], LP, into(h.weights[0], LP));
     for (int i = 0; i < LP; i += W) {
         vec most = at(h.weights[0] + i), total{};
         for (int j = 1; j < L; j++) most = max(most, at(h.weights[j] + i));
@@ -233,7 +251,7 @@ void attention(const float (*qkv)[3 * D], float (*out)[D], Head& h) {
     for (int head = 0; head < HEADS; head++) {
         const float *q = qkv[0] + head * d, *k = q + D, *v = k + D;
         attend(q, k, h);
-        product<L, L, d>(columns(h.weights), v, 3 * D, out[0] + head * d, D);
+        product<L, L, d>(columns(h.weights[0], LP), v, 3 * D, into(out[0] + head * d, D));
     }
 }
 
@@ -242,9 +260,9 @@ void attention_backward(const float (*qkv)[3 * D], const float (*d_out)[D], floa
         const float *q = qkv[0] + head * d, *k = q + D, *v = k + D, *d_head = d_out[0] + head * d;
         float *d_q = d_qkv[0] + head * d, *d_k = d_q + D, *d_v = d_k + D;
         attend(q, k, h);
-        product<L, L, d>(rows(h.weights), d_head, D, d_v, 3 * D);
+        product<L, L, d>(rows(h.weights[0], LP), d_head, D, into(d_v, 3 * D));
         gather(d_head, D, 1, h.d_out);
-        product<L, d, LP>(strided(v, 3 * D), h.d_out[0], LP, h.d_weights[0], LP);
+        product<L, d, LP>(rows(v, 3 * D), h.d_out[0], LP, into(h.d_weights[0], LP));
         for (int i = 0; i < LP; i += W) {  // through the softmax
             vec mean{};
             for (int j = 0; j < L; j++) mean += at(h.weights[j] + i) * at(h.d_weights[j] + i);
@@ -253,55 +271,40 @@ void attention_backward(const float (*qkv)[3 * D], const float (*d_out)[D], floa
                 d_weight = SCALE * at(h.weights[j] + i) * (d_weight - mean);
             }
         }
-        product<L, L, d>(columns(h.d_weights), k, 3 * D, d_q, 3 * D);
-        product<L, L, d>(rows(h.d_weights), q, 3 * D, d_k, 3 * D);
+        product<L, L, d>(columns(h.d_weights[0], LP), k, 3 * D, into(d_q, 3 * D));
+        product<L, L, d>(rows(h.d_weights[0], LP), q, 3 * D, into(d_k, 3 * D));
     }
 }
 
 // ---- The block
 
-struct alignas(64) Scratch {
-    Saved unsaved;
-    Head head;
-    float normal[L][D], modulated[L][D], middle[L][D], activated[L][M], slope[L][M];
-    float d_branch[L][D], d_modulated[L][D], d_middle[L][D], d_heads[L][D], d_qkv[L][3 * D], d_hidden[L][M], inverse_std[L];
-};
-thread_local Scratch t;
-
 void forward(const Modulation& mod, const Parameters& w, const Transposed& wt, Image& out, Saved& s) {
     norm_modulate(s.x, mod.shift_attn, mod.scale_attn, t.normal, t.inverse_std, t.modulated);
     linear(t.modulated, wt.qkv, w.qkv.bias, s.qkv);
     attention(s.qkv, s.heads, t.head);
-    linear(s.heads, wt.proj, w.proj.bias, s.attn);
-    add_gated(s.x, mod.gate_attn, s.attn, t.middle);
-    norm_modulate(t.middle, mod.shift_mlp, mod.scale_mlp, t.normal, t.inverse_std, t.modulated);
+    linear(s.heads, wt.proj, w.proj.bias, t.branch);
+    add_gated(s.x, mod.gate_attn, t.branch, s.middle);
+    norm_modulate(s.middle, mod.shift_mlp, mod.scale_mlp, t.normal, t.inverse_std, t.modulated);
     linear(t.modulated, wt.fc1, w.fc1.bias, s.hidden);
     gelu(s.hidden, t.activated);
-    linear(t.activated, wt.fc2, w.fc2.bias, s.mlp);
-    add_gated(t.middle, mod.gate_mlp, s.mlp, out);
+    linear(t.activated, wt.fc2, w.fc2.bias, t.branch);
+    add_gated(s.middle, mod.gate_mlp, t.branch, out);
 }
 
-void backward(const Modulation& mod, const Parameters& w, const Saved& s, const Image& d_out, Image& d_x,
-              Modulation& d_mod, Parameters& d_w) {
-    add_gated_backward(mod.gate_mlp, s.mlp, d_out, t.d_branch, d_mod.gate_mlp);
+// d_x: the gradient of the block's output, which that of its input replaces.
+void backward(const Modulation& mod, const Parameters& w, const Saved& s, Image& d_x, Modulation& d_mod, Parameters& d_w) {
     gelu_and_slope(s.hidden, t.activated, t.slope);
-    linear_backward(t.activated, w.fc2, t.d_branch, d_w.fc2, t.d_hidden);
+    gated_linear_backward(t.activated, w.fc2, mod.gate_mlp, d_x, d_w.fc2, d_mod.gate_mlp, t.activated);
     for (int i = 0; i < L; i++)
-        for (int j = 0; j < M; j += W) at(t.d_hidden[i] + j) *= at(t.slope[i] + j);
-    add_gated(s.x, mod.gate_attn, s.attn, t.middle);
-    norm_modulate(t.middle, mod.shift_mlp, mod.scale_mlp, t.normal, t.inverse_std, t.modulated);
-    linear_backward(t.modulated, w.fc1, t.d_hidden, d_w.fc1, t.d_modulated);
-    std::memcpy(t.d_middle, d_out, sizeof t.d_middle);
-    norm_modulate_backward(t.normal, t.inverse_std, mod.scale_mlp, t.d_modulated, t.d_middle, d_mod.shift_mlp,
-                           d_mod.scale_mlp);
-
-    add_gated_backward(mod.gate_attn, s.attn, t.d_middle, t.d_branch, d_mod.gate_attn);
-    linear_backward(s.heads, w.proj, t.d_branch, d_w.proj, t.d_heads);
-    attention_backward(s.qkv, t.d_heads, t.d_qkv, t.head);
+        for (int j = 0; j < M; j += W) at(t.activated[i] + j) *= at(t.slope[i] + j);
+    norm_modulate(s.middle, mod.shift_mlp, mod.scale_mlp, t.normal, t.inverse_std, t.modulated);
+    linear_backward(t.modulated, w.fc1, t.activated, d_w.fc1, t.modulated);
+    norm_modulate_backward(t.normal, t.inverse_std, mod.scale_mlp, t.modulated, d_x, d_mod.shift_mlp, d_mod.scale_mlp);
+    gated_linear_backward(s.heads, w.proj, mod.gate_attn, d_x, d_w.proj, d_mod.gate_attn, t.branch);
+    attention_backward(s.qkv, t.branch, t.d_qkv, t.head);
     norm_modulate(s.x, mod.shift_attn, mod.scale_attn, t.normal, t.inverse_std, t.modulated);
-    linear_backward(t.modulated, w.qkv, t.d_qkv, d_w.qkv, t.d_modulated);
-    std::memcpy(d_x, t.d_middle, sizeof t.d_middle);
-    norm_modulate_backward(t.normal, t.inverse_std, mod.scale_attn, t.d_modulated, d_x, d_mod.shift_attn, d_mod.scale_attn);
+    linear_backward(t.modulated, w.qkv, t.d_qkv, d_w.qkv, t.modulated);
+    norm_modulate_backward(t.normal, t.inverse_std, mod.scale_attn, t.modulated, d_x, d_mod.shift_attn, d_mod.scale_attn);
 }
 
 }  // namespace
@@ -333,15 +336,15 @@ void blocks_forward(int64_t depth, int64_t N, const Image* x, const Modulation* 
     }
 }
 
-// d_w: (threads, depth), zeros, to which each thread adds the gradients of its images.
-void blocks_backward(int64_t depth, int64_t N, const Modulation* mod, const Parameters* w, const Saved* saved,
-                     const Image* d_out, Image* d_x, Modulation* d_mod, Parameters* d_w, int threads) {
+// d_x: (N, L, D), the gradient of out, which that of x replaces; d_w: (threads, depth), zeros, to which each thread adds the
+// gradients of its images.
+void blocks_backward(int64_t depth, int64_t N, const Modulation* mod, const Parameters* w, const Saved* saved, Image* d_x,
+                     Modulation* d_mod, Parameters* d_w, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++)
         for (int64_t b = depth - 1; b >= 0; b--)
             for (int64_t n = N * thread / threads; n < N * (thread + 1) / threads; n++)
-                backward(mod[b * N + n], w[b], saved[b * N + n], b == depth - 1 ? d_out[n] : d_x[n], d_x[n],
-                         d_mod[b * N + n], d_w[thread * depth + b]);
+                backward(mod[b * N + n], w[b], saved[b * N + n], d_x[n], d_mod[b * N + n], d_w[thread * depth + b]);
 }
 
 }

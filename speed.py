@@ -125,11 +125,11 @@ class BlocksFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         modulations, packed, saved = ctx.saved_tensors
-        d_x, d_modulations = torch.empty_like(d_out, memory_format=torch.contiguous_format), torch.empty_like(modulations)
+        d_x, d_modulations = d_out.clone(memory_format=torch.contiguous_format), torch.empty_like(modulations)
         threads = torch.get_num_threads()
         d_packed = packed.new_zeros(threads, packed.numel())
-        ctx.library.blocks_backward(*arguments(len(modulations), len(d_out), modulations, packed, saved, d_out.contiguous(), d_x,
-                                               d_modulations, d_packed), threads)
+        ctx.library.blocks_backward(*arguments(len(modulations), len(d_x), modulations, packed, saved, d_x, d_modulations,
+                                               d_packed), threads)
         d_parameters = d_packed.sum(0).split([shape.numel() for shape in ctx.shapes])
         return d_x, d_modulations, None, None, *(d.view(shape) for d, shape in zip(d_parameters, ctx.shapes, strict=True))
 
