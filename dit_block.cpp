@@ -125,13 +125,13 @@ void linear_backward(const float (*x)[IN], const Linear<IN, OUT>& layer, const f
     product<L, OUT, IN>(rows(d_y[0], OUT), layer.weight[0], IN, into(d_x[0], IN));
 }
 
-// Of x + gate * linear(h): adds to the gradients of the layer, and writes those of the gate and, which may take its place, of h.
+// Of x + gate * linear(h): adds to the gradients of the layer, writes that of the gate, and hands that of h to put.
 //
 // The gradient of the gate is a sum of d_y * linear(h). linear(h) is not kept: the sum follows from columns(d_y) h, which the
 // gradient of the weight is made of.
-template <int IN>
+template <int IN, class Put>
 void gated_linear_backward(const float (*h)[IN], const Linear<IN, D>& layer, const float* gate, const float (*d_y)[D],
-                           Linear<IN, D>& d_layer, float* d_gate, float (*d_h)[IN]) {
+                           Linear<IN, D>& d_layer, float* d_gate, Put put) {
     vec along[D] = {};
     product<D, L, IN>(columns(d_y[0], D), h[0], IN, [&](int i, int j, vec value) {
         at(d_layer.weight[i] + j) += gate[i] * value;
@@ -147,7 +147,7 @@ void gated_linear_backward(const float (*h)[IN], const Linear<IN, D>& layer, con
         at(d_gate + c) = at(layer.bias + c) * total;
     }
     for (int c = 0; c < D; c++) d_gate[c] += sum(along[c]);
-    product<L, D, IN>(rows(t.d_branch[0], D), layer.weight[0], IN, into(d_h[0], IN));
+    product<L, D, IN>(rows(t.d_branch[0], D), layer.weight[0], IN, put);
 }
 
 template <int ROWS, int COLUMNS> void transpose(const float (*x)[COLUMNS], float (*y)[ROWS]) {
@@ -278,10 +278,16 @@ void attention_backward(const float (*qkv)[3 * D], const float (*d_out)[D], floa
 
 // ---- The block
 
+// Asks for the memory of the next image while this one is being computed.
+template <int WRITE, class T> void prefetch(const T* next) {
+    for (size_t i = 0; i < sizeof(T); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(next) + i, WRITE);
+}
+
 void forward(const Modulation& mod, const Parameters& w, const Transposed& wt, Image& out, Saved& s) {
     norm_modulate(s.x, mod.shift_attn, mod.scale_attn, t.normal, t.inverse_std, t.modulated);
     linear(t.modulated, wt.qkv, w.qkv.bias, s.qkv);
     attention(s.qkv, s.heads, t.head);
+    prefetch<1>(&s + 1);
     linear(s.heads, wt.proj, w.proj.bias, t.branch);
     add_gated(s.x, mod.gate_attn, t.branch, s.middle);
     norm_modulate(s.middle, mod.shift_mlp, mod.scale_mlp, t.normal, t.inverse_std, t.modulated);
@@ -294,13 +300,13 @@ void forward(const Modulation& mod, const Parameters& w, const Transposed& wt, I
 // d_x: the gradient of the block's output, which that of its input replaces.
 void backward(const Modulation& mod, const Parameters& w, const Saved& s, Image& d_x, Modulation& d_mod, Parameters& d_w) {
     gelu_and_slope(s.hidden, t.activated, t.slope);
-    gated_linear_backward(t.activated, w.fc2, mod.gate_mlp, d_x, d_w.fc2, d_mod.gate_mlp, t.activated);
-    for (int i = 0; i < L; i++)
-        for (int j = 0; j < M; j += W) at(t.activated[i] + j) *= at(t.slope[i] + j);
+    gated_linear_backward(t.activated, w.fc2, mod.gate_mlp, d_x, d_w.fc2, d_mod.gate_mlp,
+                          [](int i, int j, vec value) { at(t.slope[i] + j) *= value; });  // now the gradient of hidden
     norm_modulate(s.middle, mod.shift_mlp, mod.scale_mlp, t.normal, t.inverse_std, t.modulated);
-    linear_backward(t.modulated, w.fc1, t.activated, d_w.fc1, t.modulated);
+    linear_backward(t.modulated, w.fc1, t.slope, d_w.fc1, t.modulated);
     norm_modulate_backward(t.normal, t.inverse_std, mod.scale_mlp, t.modulated, d_x, d_mod.shift_mlp, d_mod.scale_mlp);
-    gated_linear_backward(s.heads, w.proj, mod.gate_attn, d_x, d_w.proj, d_mod.gate_attn, t.branch);
+    prefetch<0>(&s + 1), prefetch<0>(&d_x + 1);
+    gated_linear_backward(s.heads, w.proj, mod.gate_attn, d_x, d_w.proj, d_mod.gate_attn, into(t.branch[0], D));
     attention_backward(s.qkv, t.branch, t.d_qkv, t.head);
     norm_modulate(s.x, mod.shift_attn, mod.scale_attn, t.normal, t.inverse_std, t.modulated);
     linear_backward(t.modulated, w.qkv, t.d_qkv, d_w.qkv, t.modulated);
