@@ -2,28 +2,17 @@
 
 import copy
 import ctypes
-import hashlib
-import math
-import os
-import subprocess
 import sys
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
-from checkpoint import write_atomically
 from dit import DiT
-from dit_block import DiTBlock
+from fused import fused, is_fused
 
 LARGE_TABLES = 50_000_000  # values in all; 200 MB
-SMALLEST_PIECE, LARGEST_PIECE = 25, 100  # images; found by benchmarks/training.py with --batch-size
-LARGEST_FUSED_PIECE = 500
-LARGEST_FUSED = 256  # the width of a token from which torch.compile is as fast
-VECTOR_UNITS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]}
+SMALLEST_PIECE, LARGEST_PIECE, LARGEST_FUSED_PIECE = 25, 100, 500  # images; found by benchmarks/training.py
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's <malloc.h>
 
 
@@ -38,13 +27,6 @@ def keep_freed_memory() -> None:
         if mallopt:
             mallopt(M_MMAP_MAX, 0)
             mallopt(M_TRIM_THRESHOLD, -1)
-
-
-class SigmoidGELU(nn.Module):
-    """GELU in its tanh form, x/2 (1 + tanh u), as x sigmoid(2u), which it equals: half the time of torch's on a CPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 class Row(nn.Module):
@@ -80,120 +62,14 @@ def tabulated(model: DiT, times: Tensor, labels: Tensor) -> DiT:
     return fused(fast, frozen=True)
 
 
-class FusedBlocks(nn.Module):
-    """All blocks of a DiT, one after the other, computed by dit_block.cpp. x: (N, L, D), c: (N, D) -> (N, L, D).
-
-    frozen: the parameters will not change, nor need gradients.
-    """
-
-    def __init__(self, blocks: nn.ModuleList, library: ctypes.CDLL, frozen: bool):
-        super().__init__()
-        self.blocks, self.library = blocks, library
-        self.ordered = [values for block in blocks for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-                        for values in (layer.weight, layer.bias)]  # as `Parameters` in dit_block.cpp
-        self.packed = self.pack() if frozen else None
-
-    @torch.no_grad()
-    def pack(self) -> tuple[Tensor, Tensor]:
-        """The `Parameters` and `Transposed` of dit_block.cpp, (depth, values of a block) each."""
-        packed = torch.cat([values.flatten() for values in self.ordered]).reshape(len(self.blocks), -1)
-        transposed = torch.empty_like(packed)
-        self.library.transposed(*arguments(len(packed), packed, transposed))
-        return packed, transposed
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        modulations = torch.stack([block.adaLN_modulation(c) for block in self.blocks])  # (depth, N, 6D)
-        return BlocksFunction.apply(x.contiguous(), modulations, self.packed or self.pack(), self.library, *self.ordered)
-
-
-class BlocksFunction(torch.autograd.Function):
-    """x: (N, L, D), modulations: (depth, N, 6D), the packed parameters, and themselves, for their gradients -> (N, L, D)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, modulations: Tensor, packed: tuple[Tensor, Tensor], library: ctypes.CDLL,
-                *parameters: Tensor) -> Tensor:
-        depth, N = len(modulations), len(x)
-        out = torch.empty_like(x)
-        saved = x.new_empty(depth, N, library.saved_floats()) if any(ctx.needs_input_grad) else None
-        library.blocks_forward(*arguments(depth, N, x, modulations, *packed, out, saved), torch.get_num_threads())
-        if saved is not None:
-            ctx.library, ctx.shapes = library, [values.shape for values in parameters]
-            ctx.save_for_backward(modulations, packed[0], saved)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        modulations, packed, saved = ctx.saved_tensors
-        d_x, d_modulations = d_out.clone(memory_format=torch.contiguous_format), torch.empty_like(modulations)
-        threads = torch.get_num_threads()
-        d_packed = packed.new_zeros(threads, packed.numel())
-        ctx.library.blocks_backward(*arguments(len(modulations), len(d_x), modulations, packed, saved, d_x, d_modulations,
-                                               d_packed), threads)
-        d_parameters = d_packed.sum(0).split([shape.numel() for shape in ctx.shapes])
-        return d_x, d_modulations, None, None, *(d.view(shape) for d, shape in zip(d_parameters, ctx.shapes, strict=True))
-
-
-def arguments(*values: int | Tensor | None) -> list[ctypes.c_int64 | ctypes.c_void_p]:
-    """Whole numbers, and the addresses of tensors, as C has them."""
-    return [ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_void_p(None if value is None else value.data_ptr())
-            for value in values]
-
-
-@cache
-def block_library(tokens: int, hidden_size: int, num_heads: int, mlp_size: int) -> ctypes.CDLL:
-    """dit_block.cpp, compiled for blocks of these sizes, in a second or two at their first use.
-
-    OSError or CalledProcessError where that does not work.
-    """
-    source = Path(__file__).with_name("dit_block.cpp")
-    sizes = {"L": tokens, "D": hidden_size, "HEADS": num_heads, "M": mlp_size}
-    command = [os.environ.get("CXX", "c++"), str(source), "-O3", "-fopenmp", "-shared", "-fPIC",
-               *VECTOR_UNITS.get(torch.backends.cpu.get_cpu_capability(), []),
-               *(f"-D{name}={value}" for name, value in sizes.items())]
-    key = hashlib.sha256(source.read_bytes() + repr(command).encode()).hexdigest()[:16]
-    place = source.with_name("__pycache__") / f"dit_block-{key}.so"
-    if not place.exists():
-        place.parent.mkdir(exist_ok=True)
-        write_atomically(place, lambda path: subprocess.run([*command, "-o", path], check=True, capture_output=True))
-    library = ctypes.CDLL(str(place))
-    library.saved_floats.restype = ctypes.c_int64
-    return library
-
-
-def fused(model: DiT, frozen: bool = False) -> DiT:
-    """A copy that shares the parameters of `model` and computes its blocks as `FusedBlocks`; `model` where that cannot be."""
-    config, values = model.config, [*model.parameters(), *model.buffers()]
-    mlp_size = model.blocks[0].mlp.fc1.out_features
-    suited = (config.hidden_size // config.num_heads % 4 == 0 and mlp_size % 16 == 0 and config.hidden_size <= LARGEST_FUSED
-              and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in values)
-              and not torch.is_autocast_enabled("cpu"))
-    if not suited or is_fused(model):
-        return model
-    try:
-        library = block_library(model.pos_embed.shape[1], config.hidden_size, config.num_heads, mlp_size)
-    except (OSError, subprocess.CalledProcessError):
-        return model
-    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in values})
-    copied.blocks = nn.ModuleList([FusedBlocks(copied.blocks, library, frozen)])
-    return copied
-
-
-def is_fused(network: nn.Module) -> bool:
-    return any(isinstance(module, FusedBlocks) for module in network.modules())
-
-
 def compiled(model: DiT, *batch: Tensor) -> nn.Module:
-    """torch.compile(model), tried on one batch; `model` itself, and one line that says why, where that does not work.
+    """`fused` where that can be, else torch.compile(model), tried on one batch.
 
-    The model's GELUs are replaced by `SigmoidGELU` where it works.
+    `model` itself, and one line that says why, where neither works.
     """
     network = fused(model)
     if is_fused(network):
         return network
-    activations = [block.mlp.act for block in model.blocks]
-    for block in model.blocks:
-        block.mlp.act = SigmoidGELU()
     for module in model.modules():
         if isinstance(module, Row):
             torch._dynamo.mark_dynamic(module.rows, 0)  # so that a table of another length needs no other compilation
@@ -206,8 +82,6 @@ def compiled(model: DiT, *batch: Tensor) -> nn.Module:
         return network
     except Exception as error:  # a compiler fails in as many ways as there are machines; the plain network never does
         tqdm.write(f"goes on uncompiled, which is slower: {first_line(error)}")
-        for block, activation in zip(model.blocks, activations, strict=True):
-            block.mlp.act = activation
         return model
     finally:
         model.zero_grad()
