@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 WARM_UP = 5
+IN_A_ROW = 5  # calls a measurement: as in a loop, each finds the caches as the one before it left them
 
 
 def arithmetic(call: Callable[[], object]) -> int:
@@ -18,7 +19,7 @@ def arithmetic(call: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def seconds(device: torch.device, call: Callable[[], object], repeats: int = 1) -> float:
+def seconds(device: torch.device, call: Callable[[], object], repeats: int) -> float:
     """The time of one of `repeats` calls in a row."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -35,7 +36,7 @@ def seconds(device: torch.device, call: Callable[[], object], repeats: int = 1) 
 
 
 def medians(device: torch.device, calls: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, float], float]:
-    """The median time of each call, and the rate of a large float32 matrix product in operations a second.
+    """The median time of each call over `rounds` measurements, and the rate of a large float32 matrix product in operations a second.
 
     The calls and the product take turns, so that a machine that slows down slows all of them down.
     """
@@ -48,7 +49,7 @@ def medians(device: torch.device, calls: dict[str, Callable[[], object]], rounds
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(seconds(device, call, repeats=10 if name == "product" else 5))
+            times[name].append(seconds(device, call, IN_A_ROW))
     middle = {name: statistics.median(values) for name, values in times.items()}
     return middle, 2 * side**3 / middle.pop("product")
 

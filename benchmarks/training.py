@@ -80,7 +80,7 @@ def draw_scaling(path: Path, points: list[tuple[str, int, float, float]]) -> Non
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    for name, default in (("batch-size", 300), ("hidden-size", 64), ("depth", 3), ("patch-size", 4), ("rounds", 30)):
+    for name, default in (("batch-size", 300), ("hidden-size", 64), ("depth", 3), ("patch-size", 4), ("rounds", 10)):
         add(f"--{name}", type=int, default=default, metavar="N", help=f"(default: {default})")
     add("--optimizer", choices=("adamw", "muon"), default="adamw")
     add("--precision", choices=("float32", "bfloat16"), default="float32")

@@ -54,12 +54,12 @@ template <int N> float sum_of(const float* x) {
     }
 }
 float sum(vec x) { float part[W]; std::memcpy(part, &x, sizeof part); return sum_of<W>(part); }
-vec max(vec a, vec b) { return a > b ? a : b; }
+vec max(vec a, vec b) { return a > b ? a : b; }  // b where one is no number
 
 // e^x = 2^n e^r with n whole and |r| <= ln(2) / 2; the polynomial and the two parts of ln(2) are those of Cephes' expf.
 vec exp(vec x) {
-    x = max(x, vec{} - 87.f);
-    x = -max(-x, vec{} - 87.f);
+    x = max(vec{} - 87.f, x);
+    x = -max(vec{} - 87.f, -x);
     const vec shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds to a whole number, in the lowest bits
     const vec n = shifted - 12582912.f;
     const vec r = x - n * 0.693359375f + n * 2.12194440e-4f;

@@ -33,7 +33,7 @@ def test_medians_are_of_what_was_called():
     calls = []
     times, rate = measure.medians(torch.device("cpu"), {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
     assert set(times) == {"a", "b"} and all(time >= 0 for time in times.values()) and rate > 1e9
-    assert calls.count("a") == calls.count("b") == 3 + measure.WARM_UP
+    assert calls.count("a") == calls.count("b") == 3 * measure.IN_A_ROW + measure.WARM_UP
 
 
 SMALL = ["--hidden-size", "16", "--depth", "1", "--rounds", "1", "--device", "cpu"]

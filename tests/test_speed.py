@@ -15,8 +15,9 @@ import train
 from config import ModelConfig, TrainConfig
 from diffusion import GaussianDiffusion
 from dit import DiT
+from fused import fused, is_fused
 from inference import generate
-from speed import SigmoidGELU, compiled, pieces, tabulated
+from speed import Row, compiled, pieces, tabulated
 
 
 def gradients(network, model, x, t, y):
@@ -32,8 +33,18 @@ def batch():
     return torch.randn(6, 2, 12, 12), torch.tensor([0, 3, 50, 400, 998, 999]), torch.tensor([0, 1, 2, 3, 4, 5])
 
 
+@pytest.fixture
+def unfused(monkeypatch):
+    """As on a GPU, or in bfloat16: torch.compile alone."""
+    monkeypatch.setattr(speed, "fused", lambda model: model)
+
+
+def test_on_a_cpu_the_compiled_network_is_fused(open_network, batch):
+    assert is_fused(compiled(open_network, *batch))
+
+
 @pytest.mark.slow
-def test_compiled_network_and_its_gradients_are_the_same(open_network, batch):
+def test_compiled_network_and_its_gradients_are_the_same(open_network, batch, unfused):
     plain = gradients(open_network, open_network, *batch)
     network = compiled(open_network, *batch)
     assert network is not open_network, "no compiler here?"
@@ -42,7 +53,7 @@ def test_compiled_network_and_its_gradients_are_the_same(open_network, batch):
         assert torch.allclose(value, fast[name], rtol=1e-4, atol=1e-4 * value.abs().max().item()), name
 
 
-def test_compiling_leaves_the_random_stream_and_the_gradients_alone(open_network, batch, monkeypatch):
+def test_compiling_leaves_the_random_stream_and_the_gradients_alone(open_network, batch, unfused, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
     before = torch.get_rng_state()
     network = compiled(open_network, *batch)
@@ -50,7 +61,7 @@ def test_compiling_leaves_the_random_stream_and_the_gradients_alone(open_network
     assert all(p.grad is None for p in network.parameters())
 
 
-def test_without_a_compiler_the_plain_network_goes_on(open_network, batch, monkeypatch, capfd):
+def test_without_a_compiler_the_plain_network_goes_on(open_network, batch, unfused, monkeypatch, capfd):
     def broken(model, **settings):
         def call(*batch):
             raise RuntimeError("no g++ here\nmore words")
@@ -59,7 +70,6 @@ def test_without_a_compiler_the_plain_network_goes_on(open_network, batch, monke
     monkeypatch.setattr(torch, "compile", broken)
     network = compiled(open_network, *batch)
     assert network is open_network
-    assert all(isinstance(block.mlp.act, nn.GELU) for block in network.blocks)
     out, err = capfd.readouterr()
     assert (out + err).strip().splitlines() == ["goes on uncompiled, which is slower: no g++ here"]
 
@@ -84,15 +94,6 @@ def test_training_compiled_ends_where_plain_training_does(tmp_path, train_tiny):
         curves.append([line.split(",")[:4] for line in (folder / "loss.csv").read_text().splitlines()[1:]])
     plain, fast = (torch.tensor([[float(value) for value in row] for row in curve]) for curve in curves)
     assert torch.allclose(plain, fast, rtol=1e-4), (plain, fast)
-
-
-def test_sigmoid_gelu_is_the_gelu_of_the_network():
-    x = torch.linspace(-30, 30, 6001, dtype=torch.float64, requires_grad=True)
-    ours, theirs = SigmoidGELU()(x), DiT(ModelConfig(depth=1)).blocks[0].mlp.act(x)
-    assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
-    assert torch.allclose(*(torch.autograd.grad(out.sum(), x)[0] for out in (ours, theirs)), rtol=1e-10, atol=1e-10)
-    with torch.no_grad():
-        assert torch.allclose(SigmoidGELU()(x), theirs, rtol=1e-12, atol=1e-12)
 
 
 PAGES = """
@@ -141,12 +142,16 @@ def test_tabulated_network_is_the_network(open_network):
         for t in times:
             expected = open_network(x_t, t.expand(5), y)
             assert torch.allclose(fast(x_t, t.expand(5), y), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
-    assert isinstance(open_network.blocks[0].mlp.act, nn.GELU), "the network itself is as it was"
+    assert is_fused(fast) and not any(isinstance(module, Row) for module in open_network.modules())
 
 
 def test_tables_that_would_be_large_are_not_made(open_network, monkeypatch):
     monkeypatch.setattr(speed, "LARGE_TABLES", 100)
-    assert tabulated(open_network, torch.arange(1000), torch.arange(3)) is open_network
+    fast = tabulated(open_network, torch.arange(1000), torch.arange(3))
+    assert not any(isinstance(module, Row) for module in fast.modules())
+    x_t, t, y = torch.randn(2, 2, 12, 12), torch.tensor([4, 999]), torch.tensor([0, 2])
+    with torch.no_grad():
+        assert torch.allclose(fast(x_t, t, y), open_network(x_t, t, y), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("guidance", "compile"), [(0, False), (1, False), (3, False),
@@ -168,10 +173,16 @@ def test_sampling_is_the_same_with_and_without_the_tricks(guidance, compile, mon
                                             (202, [202])])
 def test_pieces_are_equal_parts_of_the_batch(N, sizes):
     first, second = torch.arange(N), torch.arange(2 * N).reshape(N, 2)
-    parts = pieces(first, second)
+    parts = pieces(nn.Identity(), first, second)
     assert [len(part[0]) for part in parts] == sizes
     assert torch.equal(torch.cat([part[0] for part in parts]), first)
     assert torch.equal(torch.cat([part[1] for part in parts]), second)
+
+
+def test_pieces_for_fused_blocks_are_larger(open_network):
+    network = fused(open_network)
+    for N, sizes in ((300, [300]), (500, [500]), (1000, [500] * 2)):
+        assert [len(part[0]) for part in pieces(network, torch.arange(N))] == sizes
 
 
 @pytest.mark.parametrize("min_snr", [0.0, 1.0])
