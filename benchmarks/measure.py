@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 WARM_UP = 5
-IN_A_ROW = 5  # calls a measurement: as in a loop, each finds the caches as the one before it left them
+IN_A_ROW = 20  # steps a measurement: as in a training run, each finds the caches as the one before it left them
 
 
 def arithmetic(call: Callable[[], object]) -> int:
@@ -35,10 +35,12 @@ def seconds(device: torch.device, call: Callable[[], object], repeats: int) -> f
     return (time.perf_counter() - start) / repeats
 
 
-def medians(device: torch.device, calls: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, float], float]:
-    """The median time of each call over `rounds` measurements, and the rate of a large float32 matrix product in operations a second.
+def medians(device: torch.device, calls: dict[str, Callable[[], object]], rounds: int, in_a_row: int = 1
+            ) -> tuple[dict[str, float], float]:
+    """The median time of each call over `rounds` measurements of `in_a_row` calls, and the rate of a large float32 product.
 
-    The calls and the product take turns, so that a machine that slows down slows all of them down.
+    The rate is in operations a second. The calls and the product take turns, so that a machine that slows down slows all
+    of them down.
     """
     side = 1024 if device.type == "cpu" else 8192
     a, b = torch.randn(2, side, side, device=device)
@@ -49,7 +51,7 @@ def medians(device: torch.device, calls: dict[str, Callable[[], object]], rounds
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(seconds(device, call, IN_A_ROW))
+            times[name].append(seconds(device, call, 10 if name == "product" else in_a_row))
     middle = {name: statistics.median(values) for name, values in times.items()}
     return middle, 2 * side**3 / middle.pop("product")
 

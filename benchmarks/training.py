@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from measure import about, arithmetic, medians
+from measure import IN_A_ROW, about, arithmetic, medians
 
 from config import ModelConfig, T, TrainConfig, pick_device
 from diffusion import GaussianDiffusion
@@ -55,7 +55,7 @@ def measure(cfg: TrainConfig, device: torch.device, rounds: int, kinds: list[str
     """Seconds a step of each kind, the floor in seconds, and the arithmetic."""
     steps = {kind: training_step(cfg, device, fast=kind == "compiled") for kind in kinds}
     flops = arithmetic(training_step(cfg, device, fast=False)[1])
-    times, rate = medians(device, {kind: step for kind, (step, _) in steps.items()}, rounds)
+    times, rate = medians(device, {kind: step for kind, (step, _) in steps.items()}, rounds, IN_A_ROW)
     return times, flops / rate, flops
 
 

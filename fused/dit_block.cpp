@@ -331,15 +331,13 @@ void transposed(int64_t depth, const Parameters* w, Transposed* wt) {
 // x, out: (N, L, D); mod: (depth, N, 6, D); saved: (depth, N, saved_floats()), or null when no backward pass will follow.
 void blocks_forward(int64_t depth, int64_t N, const Image* x, const Modulation* mod, const Parameters* w,
                     const Transposed* wt, Image* out, Saved* saved, int threads) {
-    #pragma omp parallel num_threads(threads)
-    for (int64_t b = 0; b < depth; b++) {
-        #pragma omp for schedule(static) nowait  // each thread goes on with its own images
-        for (int64_t n = 0; n < N; n++) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = 0; n < N; n++)
+        for (int64_t b = 0; b < depth; b++) {
             Saved& s = saved ? saved[b * N + n] : t.unsaved;
             std::memcpy(s.x, b ? out[n] : x[n], sizeof s.x);
             forward(mod[b * N + n], w[b], wt[b], out[n], s);
         }
-    }
 }
 
 // d_x: (N, L, D), the gradient of out, which that of x replaces; d_w: (threads, depth), zeros, to which each thread adds the

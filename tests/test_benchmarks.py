@@ -31,9 +31,9 @@ def test_arithmetic_of_the_network():
 
 def test_medians_are_of_what_was_called():
     calls = []
-    times, rate = measure.medians(torch.device("cpu"), {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    times, rate = measure.medians(torch.device("cpu"), {name: lambda name=name: calls.append(name) for name in "ab"}, 3, 4)
     assert set(times) == {"a", "b"} and all(time >= 0 for time in times.values()) and rate > 1e9
-    assert calls.count("a") == calls.count("b") == 3 * measure.IN_A_ROW + measure.WARM_UP
+    assert calls.count("a") == calls.count("b") == 3 * 4 + measure.WARM_UP
 
 
 SMALL = ["--hidden-size", "16", "--depth", "1", "--rounds", "1", "--device", "cpu"]
