@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from checkpoint import write_atomically
-from dit import DiT
+from dit import DiT, FinalLayer
 
 LARGEST_WIDTH = 256  # of a token; for wider ones torch.compile is as fast
 VECTOR_UNITS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]}
@@ -41,6 +41,7 @@ def fused(model: DiT, frozen: bool = False) -> DiT:
         return model
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in values})
     copied.blocks = nn.ModuleList([FusedBlocks(copied.blocks, library, frozen)])
+    copied.final_layer = FusedFinalLayer(copied.final_layer, library)
     return copied
 
 
@@ -123,6 +124,38 @@ class BlocksFunction(torch.autograd.Function):
         d_parameters = d_packed.sum(0).split([shape.numel() for shape in ctx.shapes])
         d_parameters = [d.view(shape) for d, shape in zip(d_parameters, ctx.shapes, strict=True)]
         return d_x, d_modulations, None, None, None, *d_parameters
+
+
+class FusedFinalLayer(nn.Module):
+    """The final layer with its LayerNorm and modulation in one. x: (N, L, D), c: (N, D) -> (N, L, p*p*C_out)."""
+
+    def __init__(self, layer: FinalLayer, library: ctypes.CDLL):
+        super().__init__()
+        self.layer, self.library = layer, library
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.layer.linear(FinalFunction.apply(x.contiguous(), self.layer.adaLN_modulation(c), self.library))
+
+
+class FinalFunction(torch.autograd.Function):
+    """x: (N, L, D), modulation: (N, 2D) -> (N, L, D)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, modulation: Tensor, library: ctypes.CDLL) -> Tensor:
+        out = torch.empty_like(x)
+        library.final_forward(*arguments(len(x), x, modulation, out), torch.get_num_threads())
+        ctx.library = library
+        ctx.save_for_backward(x, modulation)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, modulation = ctx.saved_tensors
+        d_x, d_modulation = torch.zeros_like(x), torch.empty_like(modulation)
+        tensors = (x, modulation, d_out.contiguous(), d_x, d_modulation)
+        ctx.library.final_backward(*arguments(len(x), *tensors), torch.get_num_threads())
+        return d_x, d_modulation, None
 
 
 def arguments(*values: int | Tensor | None) -> list[ctypes.c_int64 | ctypes.c_void_p]:

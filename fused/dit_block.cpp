@@ -320,6 +320,7 @@ extern "C" {
 int64_t saved_floats() { return sizeof(Saved) / sizeof(float); }
 
 void transposed(int64_t depth, const Parameters* w, Transposed* wt) {
+    #pragma omp parallel for
     for (int64_t b = 0; b < depth; b++) {
         transpose<3 * D, D>(w[b].qkv.weight, wt[b].qkv);
         transpose<D, D>(w[b].proj.weight, wt[b].proj);
@@ -349,6 +350,22 @@ void blocks_backward(int64_t depth, int64_t N, const Modulation* mod, const Para
         for (int64_t b = depth - 1; b >= 0; b--)
             for (int64_t n = N * thread / threads; n < N * (thread + 1) / threads; n++)
                 backward(mod[b * N + n], w[b], saved[b * N + n], d_x[n], d_mod[b * N + n], d_w[thread * depth + b]);
+}
+
+// LayerNorm and modulation alone, as the final layer has them. x, out: (N, L, D); mod: (N, 2, D), shift and scale.
+void final_forward(int64_t N, const Image* x, const float (*mod)[2][D], Image* out, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = 0; n < N; n++) norm_modulate(x[n], mod[n][0], mod[n][1], t.normal, t.inverse_std, out[n]);
+}
+
+// d_x: zeros, to which the gradient is added.
+void final_backward(int64_t N, const Image* x, const float (*mod)[2][D], const Image* d_out, Image* d_x, float (*d_mod)[2][D],
+                    int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = 0; n < N; n++) {
+        norm_modulate(x[n], mod[n][0], mod[n][1], t.normal, t.inverse_std, t.modulated);
+        norm_modulate_backward(t.normal, t.inverse_std, mod[n][1], d_out[n], d_x[n], d_mod[n][0], d_mod[n][1]);
+    }
 }
 
 }
