@@ -71,10 +71,10 @@ def make_optimizers(model: DiT, cfg: TrainConfig) -> list[torch.optim.Optimizer]
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """ema <- d ema + (1 - d) model for the parameters, after `step` steps. The ramp of d forgets the first weights."""
+def update_ema(averages: list[Tensor], parameters: list[Tensor], step: int, decay: float) -> None:
+    """average <- d average + (1 - d) parameter, after `step` steps. The ramp of d forgets the first weights."""
     d = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+    torch._foreach_lerp_(averages, parameters, 1 - d)
 
 
 def add_gradients(network: nn.Module, averaged: nn.Module, diffusion: GaussianDiffusion, batch: list[Tensor],
@@ -117,6 +117,7 @@ class Run:
         torch.manual_seed(cfg.seed)  # initial weights, t, eps, dropped labels
         self.model = DiT(cfg.model).to(device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.parameters, self.averages = list(self.model.parameters()), list(self.ema.parameters())
         self.optimizers = make_optimizers(self.model, cfg)
         self.shuffle = torch.Generator().manual_seed(cfg.seed)
         self.shuffle_at_epoch = self.shuffle.get_state()  # as it was before it drew the order of the epoch at hand
@@ -247,7 +248,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
                     optimizer.step()
                     optimizer.zero_grad()
                 run.step += 1
-                update_ema(run.ema, run.model, run.earlier_steps + run.step, cfg.ema_decay)
+                update_ema(run.averages, run.parameters, run.earlier_steps + run.step, cfg.ema_decay)
                 run.loss_sum += ranks.mean(loss)
                 done += 1
 

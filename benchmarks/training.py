@@ -30,6 +30,7 @@ def training_step(cfg: TrainConfig, device: torch.device, fast: bool):
     torch.manual_seed(0)
     model = DiT(cfg.model).to(device)
     ema, optimizers, diffusion = copy.deepcopy(model), make_optimizers(model, cfg), GaussianDiffusion(T)
+    parameters, averages = list(model.parameters()), list(ema.parameters())
     images = torch.randint(0, 256, (cfg.batch_size, 1, 28, 28), dtype=torch.uint8, device=device)
     labels = torch.randint(0, 10, (cfg.batch_size,), device=device)
     with precision(cfg, device):
@@ -46,7 +47,7 @@ def training_step(cfg: TrainConfig, device: torch.device, fast: bool):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        update_ema(ema, model, 1, cfg.ema_decay)
+        update_ema(averages, parameters, 1, cfg.ema_decay)
 
     return step, gradients
 

@@ -53,10 +53,10 @@ def test_ema_with_its_ramp():
     with torch.no_grad():
         bias[model].fill_(1.0)
         model.pos_embed.fill_(7.0)
-    train.update_ema(ema, model, step=1, decay=0.9)
+    train.update_ema(list(ema.parameters()), list(model.parameters()), step=1, decay=0.9)
     assert bias[ema][0].item() == pytest.approx(1 - 2 / 11)
     bias[ema].data.fill_(0)
-    train.update_ema(ema, model, step=10_000, decay=0.9)
+    train.update_ema(list(ema.parameters()), list(model.parameters()), step=10_000, decay=0.9)
     assert bias[ema][0].item() == pytest.approx(0.1)
     assert torch.equal(ema.pos_embed, table)  # parameters, not buffers
 
