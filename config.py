@@ -89,7 +89,7 @@ class TrainConfig:
     device: str = option("auto", "cpu, cuda, mps, ...; auto takes a GPU when there is one")
     precision: str = option("float32", "of the network's matrix products in training; the weights stay float32",
                             choices=("float32", "bfloat16"))
-    compile: bool = option(True, "have torch.compile make the step faster; takes half a minute at the start",
+    compile: bool = option(True, "make the step faster: blocks in C++ for a CPU, else torch.compile (half a minute)",
                            action=BooleanOptionalAction)
 
     def __post_init__(self):

@@ -25,7 +25,7 @@ class Attention(nn.Module):
         N, L, D = x.shape
         d = D // self.num_heads
         q, k, v = self.qkv(x).reshape(N, L, 3, self.num_heads, d).permute(2, 0, 3, 1, 4)  # each (N, heads, L, d)
-        # F.scaled_dot_product_attention is no faster for 49 tokens when compiled on a CPU, and hides the formula.
+        # F.scaled_dot_product_attention is no faster for 49 tokens on a CPU, and hides the formula.
         weights = (q * d**-0.5 @ k.transpose(-2, -1)).softmax(dim=-1)  # (N, heads, L, L)
         return self.proj((weights @ v).transpose(1, 2).reshape(N, L, D))
 

@@ -41,9 +41,9 @@ def generate(model: DiT, labels: Tensor, *, sampler: str = "ddpm", steps: int | 
              compile: bool = False) -> Tensor:
     """Draw one image a label. labels: (N,) ints in [0, num_classes]; returns (N, C, H, W) in [-1, 1].
 
-    sampler, steps: "ddpm" (1000 unless given) or "ddim" (50); eta: of ddim; on_step(t, x_t): see
-    `GaussianDiffusion.ddpm_sample`; compile: worth its half a minute for thousands of images. guidance:
-    1 is none, and suits weights that learned it; 1.5 suits others. ValueError for what is out of range.
+    sampler, steps: "ddpm" (1000 unless given) or "ddim" (50); eta: of ddim; guidance: 1 is none, and suits weights that
+    learned it; 1.5 suits others; on_step(t, x_t): see `GaussianDiffusion.ddpm_sample`; compile: torch.compile where the
+    blocks are not `fused`, as on a GPU, worth its half minute for thousands of images. ValueError for what is out of range.
     """
     config, device = model.config, model.pos_embed.device
     if not ((labels >= 0) & (labels <= config.num_classes)).all():

@@ -1,7 +1,7 @@
 """The time of a sampling step beside its floor, the arithmetic at the rate of a large matrix product in the same run.
 
-    python benchmarks/sampling.py                             ten digits, as inference.py draws them
-    python benchmarks/sampling.py --batch-size 125 --compile  as evaluate.py draws thousands
+    python benchmarks/sampling.py                   ten digits, as inference.py draws them
+    python benchmarks/sampling.py --batch-size 125  as evaluate.py draws thousands; on a GPU, with --compile
 """
 
 import argparse

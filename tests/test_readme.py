@@ -91,7 +91,7 @@ def copy_of_the_project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     for path in (*ROOT.glob("*.py"), ROOT / "model.pth"):
         shutil.copy(path, folder)
-    for name in ("assets", "benchmarks"):
+    for name in ("assets", "benchmarks", "fused"):
         shutil.copytree(ROOT / name, folder / name)
     (folder / "mnist").mkdir()
     (folder / "mnist" / "MNIST").symlink_to(ROOT / "mnist" / "MNIST")
