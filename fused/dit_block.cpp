@@ -1,7 +1,6 @@
 // A DiTBlock (dit_block.py) on a CPU, forward and backward: one image at a time, so that a core's cache holds all of it.
 //
-// speed.py compiles this for one network, and passes its sizes: L tokens of width D, HEADS heads, hidden width M of the MLP.
-// Names follow dit_block.py; d_x is the gradient of x. Vectors hold W floats, and W divides D, M and the width of a head.
+// __init__.py compiles this for one network, and defines its sizes. Names follow dit_block.py; d_x is the gradient of x.
 
 #include <cmath>
 #include <cstdint>
@@ -9,8 +8,9 @@
 
 namespace {
 
-constexpr int d = D / HEADS;
-constexpr int W = d % 16 == 0 ? 16 : d % 8 == 0 ? 8 : 4;
+constexpr int L = TOKENS, D = WIDTH, M = MLP_WIDTH;
+constexpr int d = D / HEADS;  // width of a head
+constexpr int W = d % 16 == 0 ? 16 : d % 8 == 0 ? 8 : 4;  // floats in a vector; W divides d, D and M
 constexpr int LP = (L + W - 1) / W * W;  // L, padded to whole vectors
 
 typedef float vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
@@ -19,7 +19,7 @@ typedef int32_t ints __attribute__((vector_size(4 * W)));
 vec& at(float* p) { return *reinterpret_cast<vec*>(p); }
 const vec& at(const float* p) { return *reinterpret_cast<const vec*>(p); }
 
-// The parameters of a block, in the order in which speed.py packs them, and the weights transposed.
+// The parameters of a block, in the order in which __init__.py packs them, and the weights transposed.
 template <int IN, int OUT> struct Linear { float weight[OUT][IN], bias[OUT]; };
 struct Parameters { Linear<D, 3 * D> qkv; Linear<D, D> proj; Linear<D, M> fc1; Linear<M, D> fc2; };
 struct Transposed { float qkv[D][3 * D], proj[D][D], fc1[D][M], fc2[M][D]; };
@@ -31,7 +31,8 @@ typedef float Image[L][D];
 // What the backward pass needs of the forward pass; it recomputes the rest.
 struct Saved { float x[L][D], qkv[L][3 * D], heads[L][D], middle[L][D], hidden[L][M]; };
 
-// weights[j][i]: of token j for token i, so that a vector holds the softmax of W tokens side by side.
+// weights[j][i]: of token j for token i, so that a vector holds the softmax of W tokens side by side. Nothing reads the columns
+// from L on, which pad the last vector.
 struct Head { float q[d][LP], weights[L][LP], d_out[d][LP], d_weights[L][LP]; };
 
 struct alignas(64) Scratch {
@@ -40,7 +41,7 @@ struct alignas(64) Scratch {
     float normal[L][D], modulated[L][D], branch[L][D], d_branch[L][D], d_qkv[L][3 * D], activated[L][M], slope[L][M];
     float inverse_std[L];
 };
-thread_local Scratch t;
+thread_local Scratch scratch;
 
 // ---- Functions of vectors
 
@@ -127,27 +128,28 @@ void linear_backward(const float (*x)[IN], const Linear<IN, OUT>& layer, const f
 
 // Of x + gate * linear(h): adds to the gradients of the layer, writes that of the gate, and hands that of h to put.
 //
-// The gradient of the gate is a sum of d_y * linear(h). linear(h) is not kept: the sum follows from columns(d_y) h, which the
-// gradient of the weight is made of.
+// linear(h) is not kept: with w and b the weight and bias of the layer, and G = d_y^T h, which the gradient of w needs anyway,
+//     d_gate[c] = sum_i d_y[i][c] (sum_j w[c][j] h[i][j] + b[c]) = sum_j w[c][j] G[c][j] + b[c] sum_i d_y[i][c]
+//     d_w[c][j] = gate[c] G[c][j]
 template <int IN, class Put>
 void gated_linear_backward(const float (*h)[IN], const Linear<IN, D>& layer, const float* gate, const float (*d_y)[D],
                            Linear<IN, D>& d_layer, float* d_gate, Put put) {
-    vec along[D] = {};
-    product<D, L, IN>(columns(d_y[0], D), h[0], IN, [&](int i, int j, vec value) {
-        at(d_layer.weight[i] + j) += gate[i] * value;
-        along[i] += at(layer.weight[i] + j) * value;
+    vec w_G[D] = {};
+    product<D, L, IN>(columns(d_y[0], D), h[0], IN, [&](int c, int j, vec G) {
+        at(d_layer.weight[c] + j) += gate[c] * G;
+        w_G[c] += at(layer.weight[c] + j) * G;
     });
     for (int c = 0; c < D; c += W) {
         vec total{};
         for (int i = 0; i < L; i++) {
             total += at(d_y[i] + c);
-            at(t.d_branch[i] + c) = at(gate + c) * at(d_y[i] + c);
+            at(scratch.d_branch[i] + c) = at(gate + c) * at(d_y[i] + c);
         }
         at(d_layer.bias + c) += at(gate + c) * total;
         at(d_gate + c) = at(layer.bias + c) * total;
     }
-    for (int c = 0; c < D; c++) d_gate[c] += sum(along[c]);
-    product<L, D, IN>(rows(t.d_branch[0], D), layer.weight[0], IN, put);
+    for (int c = 0; c < D; c++) d_gate[c] += sum(w_G[c]);
+    product<L, D, IN>(rows(scratch.d_branch[0], D), layer.weight[0], IN, put);
 }
 
 template <int ROWS, int COLUMNS> void transpose(const float (*x)[COLUMNS], float (*y)[ROWS]) {
@@ -157,7 +159,7 @@ template <int ROWS, int COLUMNS> void transpose(const float (*x)[COLUMNS], float
 
 // ---- LayerNorm and modulation
 
-// normal: LayerNorm(x); y: modulated; returns nothing of the mean, since the backward pass needs only 1 / std.
+// Writes normal = LayerNorm(x), 1 / std of each token, and y = normal * (1 + scale) + shift.
 void norm_modulate(const float (*x)[D], const float* shift, const float* scale, float (*normal)[D], float* inverse_std,
                    float (*y)[D]) {
     for (int i = 0; i < L; i++) {
@@ -204,7 +206,7 @@ void add_gated(const float (*x)[D], const float* gate, const float (*branch)[D],
         for (int c = 0; c < D; c += W) at(y[i] + c) = at(x[i] + c) + at(gate + c) * at(branch[i] + c);
 }
 
-// ---- GELU, as x sigmoid(2u) with 2u = s (x + 0.044715 x^3), s = 2 sqrt(2 / pi)
+// ---- GELU: x/2 (1 + tanh u) = x sigmoid(2u), with 2u = S (x + CUBE x^3) and S = 2 sqrt(2 / pi)
 
 constexpr float S = 1.5957691216f, CUBE = 0.044715f;
 
@@ -215,6 +217,7 @@ void gelu(const float (*x)[M], float (*y)[M]) {
         for (int j = 0; j < M; j += W) at(y[i] + j) = at(x[i] + j) * sigmoid_2u(at(x[i] + j));
 }
 
+// slope: sigmoid(2u) + x sigmoid(2u) (1 - sigmoid(2u)) times the slope of 2u.
 void gelu_and_slope(const float (*x)[M], float (*y)[M], float (*slope)[M]) {
     for (int i = 0; i < L; i++)
         for (int j = 0; j < M; j += W) {
@@ -234,7 +237,7 @@ void gather(const float* x, int row, float scale, float (*y)[LP]) {
 
 const float SCALE = 1 / std::sqrt(float(d));
 
-// h.weights: the softmax of q k^T / sqrt(d).
+// h.weights[j][i]: the softmax over j of q_i k_j / sqrt(d).
 void attend(const float* q, const float* k, Head& h) {
     gather(q, 3 * D, SCALE, h.q);
     product<L, d, LP>(rows(k, 3 * D), h.q[0], LP, into(h.weights[0], LP));
@@ -263,7 +266,7 @@ void attention_backward(const float (*qkv)[3 * D], const float (*d_out)[D], floa
         product<L, L, d>(rows(h.weights[0], LP), d_head, D, into(d_v, 3 * D));
         gather(d_head, D, 1, h.d_out);
         product<L, d, LP>(rows(v, 3 * D), h.d_out[0], LP, into(h.d_weights[0], LP));
-        for (int i = 0; i < LP; i += W) {  // through the softmax
+        for (int i = 0; i < LP; i += W) {  // from the weights to the products q_i k_j
             vec mean{};
             for (int j = 0; j < L; j++) mean += at(h.weights[j] + i) * at(h.d_weights[j] + i);
             for (int j = 0; j < L; j++) {
@@ -278,39 +281,38 @@ void attention_backward(const float (*qkv)[3 * D], const float (*d_out)[D], floa
 
 // ---- The block
 
-// Asks for the memory of the next image while this one is being computed.
+// Asks for memory that is needed soon; past the end of an array nothing happens.
 template <int WRITE, class T> void prefetch(const T* next) {
     for (size_t i = 0; i < sizeof(T); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(next) + i, WRITE);
 }
 
 void forward(const Modulation& mod, const Parameters& w, const Transposed& wt, Image& out, Saved& s) {
-    norm_modulate(s.x, mod.shift_attn, mod.scale_attn, t.normal, t.inverse_std, t.modulated);
-    linear(t.modulated, wt.qkv, w.qkv.bias, s.qkv);
-    attention(s.qkv, s.heads, t.head);
-    prefetch<1>(&s + 1);
-    linear(s.heads, wt.proj, w.proj.bias, t.branch);
-    add_gated(s.x, mod.gate_attn, t.branch, s.middle);
-    norm_modulate(s.middle, mod.shift_mlp, mod.scale_mlp, t.normal, t.inverse_std, t.modulated);
-    linear(t.modulated, wt.fc1, w.fc1.bias, s.hidden);
-    gelu(s.hidden, t.activated);
-    linear(t.activated, wt.fc2, w.fc2.bias, t.branch);
-    add_gated(s.middle, mod.gate_mlp, t.branch, out);
+    norm_modulate(s.x, mod.shift_attn, mod.scale_attn, scratch.normal, scratch.inverse_std, scratch.modulated);
+    linear(scratch.modulated, wt.qkv, w.qkv.bias, s.qkv);
+    attention(s.qkv, s.heads, scratch.head);
+    linear(s.heads, wt.proj, w.proj.bias, scratch.branch);
+    add_gated(s.x, mod.gate_attn, scratch.branch, s.middle);
+    norm_modulate(s.middle, mod.shift_mlp, mod.scale_mlp, scratch.normal, scratch.inverse_std, scratch.modulated);
+    linear(scratch.modulated, wt.fc1, w.fc1.bias, s.hidden);
+    gelu(s.hidden, scratch.activated);
+    linear(scratch.activated, wt.fc2, w.fc2.bias, scratch.branch);
+    add_gated(s.middle, mod.gate_mlp, scratch.branch, out);
 }
 
 // d_x: the gradient of the block's output, which that of its input replaces.
 void backward(const Modulation& mod, const Parameters& w, const Saved& s, Image& d_x, Modulation& d_mod, Parameters& d_w) {
-    gelu_and_slope(s.hidden, t.activated, t.slope);
-    gated_linear_backward(t.activated, w.fc2, mod.gate_mlp, d_x, d_w.fc2, d_mod.gate_mlp,
-                          [](int i, int j, vec value) { at(t.slope[i] + j) *= value; });  // now the gradient of hidden
-    norm_modulate(s.middle, mod.shift_mlp, mod.scale_mlp, t.normal, t.inverse_std, t.modulated);
-    linear_backward(t.modulated, w.fc1, t.slope, d_w.fc1, t.modulated);
-    norm_modulate_backward(t.normal, t.inverse_std, mod.scale_mlp, t.modulated, d_x, d_mod.shift_mlp, d_mod.scale_mlp);
-    prefetch<0>(&s + 1), prefetch<0>(&d_x + 1);
-    gated_linear_backward(s.heads, w.proj, mod.gate_attn, d_x, d_w.proj, d_mod.gate_attn, into(t.branch[0], D));
-    attention_backward(s.qkv, t.branch, t.d_qkv, t.head);
-    norm_modulate(s.x, mod.shift_attn, mod.scale_attn, t.normal, t.inverse_std, t.modulated);
-    linear_backward(t.modulated, w.qkv, t.d_qkv, d_w.qkv, t.modulated);
-    norm_modulate_backward(t.normal, t.inverse_std, mod.scale_attn, t.modulated, d_x, d_mod.shift_attn, d_mod.scale_attn);
+    gelu_and_slope(s.hidden, scratch.activated, scratch.slope);
+    gated_linear_backward(scratch.activated, w.fc2, mod.gate_mlp, d_x, d_w.fc2, d_mod.gate_mlp,
+                          [](int i, int j, vec value) { at(scratch.slope[i] + j) *= value; });  // now the gradient of hidden
+    norm_modulate(s.middle, mod.shift_mlp, mod.scale_mlp, scratch.normal, scratch.inverse_std, scratch.modulated);
+    linear_backward(scratch.modulated, w.fc1, scratch.slope, d_w.fc1, scratch.modulated);
+    norm_modulate_backward(scratch.normal, scratch.inverse_std, mod.scale_mlp, scratch.modulated, d_x, d_mod.shift_mlp, d_mod.scale_mlp);
+    prefetch<0>(&s + 1), prefetch<0>(&d_x + 1);  // the next image's
+    gated_linear_backward(s.heads, w.proj, mod.gate_attn, d_x, d_w.proj, d_mod.gate_attn, into(scratch.branch[0], D));
+    attention_backward(s.qkv, scratch.branch, scratch.d_qkv, scratch.head);
+    norm_modulate(s.x, mod.shift_attn, mod.scale_attn, scratch.normal, scratch.inverse_std, scratch.modulated);
+    linear_backward(scratch.modulated, w.qkv, scratch.d_qkv, d_w.qkv, scratch.modulated);
+    norm_modulate_backward(scratch.normal, scratch.inverse_std, mod.scale_attn, scratch.modulated, d_x, d_mod.shift_attn, d_mod.scale_attn);
 }
 
 }  // namespace
@@ -319,8 +321,8 @@ extern "C" {
 
 int64_t saved_floats() { return sizeof(Saved) / sizeof(float); }
 
-void transposed(int64_t depth, const Parameters* w, Transposed* wt) {
-    #pragma omp parallel for
+void transposed(int64_t depth, const Parameters* w, Transposed* wt, int threads) {
+    #pragma omp parallel for num_threads(threads)
     for (int64_t b = 0; b < depth; b++) {
         transpose<3 * D, D>(w[b].qkv.weight, wt[b].qkv);
         transpose<D, D>(w[b].proj.weight, wt[b].proj);
@@ -335,7 +337,8 @@ void blocks_forward(int64_t depth, int64_t N, const Image* x, const Modulation* 
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < N; n++)
         for (int64_t b = 0; b < depth; b++) {
-            Saved& s = saved ? saved[b * N + n] : t.unsaved;
+            Saved& s = saved ? saved[b * N + n] : scratch.unsaved;
+            if (saved) prefetch<1>(&s + 1);
             std::memcpy(s.x, b ? out[n] : x[n], sizeof s.x);
             forward(mod[b * N + n], w[b], wt[b], out[n], s);
         }
@@ -355,7 +358,7 @@ void blocks_backward(int64_t depth, int64_t N, const Modulation* mod, const Para
 // LayerNorm and modulation alone, as the final layer has them. x, out: (N, L, D); mod: (N, 2, D), shift and scale.
 void final_forward(int64_t N, const Image* x, const float (*mod)[2][D], Image* out, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < N; n++) norm_modulate(x[n], mod[n][0], mod[n][1], t.normal, t.inverse_std, out[n]);
+    for (int64_t n = 0; n < N; n++) norm_modulate(x[n], mod[n][0], mod[n][1], scratch.normal, scratch.inverse_std, out[n]);
 }
 
 // d_x: zeros, to which the gradient is added.
@@ -363,8 +366,8 @@ void final_backward(int64_t N, const Image* x, const float (*mod)[2][D], const I
                     int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < N; n++) {
-        norm_modulate(x[n], mod[n][0], mod[n][1], t.normal, t.inverse_std, t.modulated);
-        norm_modulate_backward(t.normal, t.inverse_std, mod[n][1], d_out[n], d_x[n], d_mod[n][0], d_mod[n][1]);
+        norm_modulate(x[n], mod[n][0], mod[n][1], scratch.normal, scratch.inverse_std, scratch.modulated);
+        norm_modulate_backward(scratch.normal, scratch.inverse_std, mod[n][1], d_out[n], d_x[n], d_mod[n][0], d_mod[n][1]);
     }
 }
 

@@ -3,13 +3,16 @@
 import copy
 import ctypes
 import subprocess
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 import fused as fused_module
+import train
 from config import ModelConfig
+from diffusion import GaussianDiffusion
 from dit import DiT
 from fused import FusedBlocks, block_library, fused, is_fused
 
@@ -106,6 +109,7 @@ def test_a_new_network_predicts_exactly_zero():
 def test_it_follows_the_parameters_and_frozen_ones_are_packed_once():
     model = random_network()
     network, frozen = fused(model), fused(model, frozen=True)
+    assert len(frozen.blocks[0].ordered()) == 24
     inputs = batch(model)
     with torch.no_grad():
         before = network(*inputs)
@@ -150,8 +154,9 @@ def test_memory_is_kept_only_where_gradients_are_wanted(monkeypatch):
 @pytest.mark.parametrize("change", [
     lambda model: model.double(), lambda model: model.bfloat16(), fused,
     lambda model: DiT(ModelConfig(hidden_size=8)), lambda model: DiT(ModelConfig(hidden_size=264, depth=1)),
-    lambda model: DiT(ModelConfig(mlp_ratio=0.1)),
-], ids=["float64", "bfloat16", "fused already", "heads of 2", "too wide", "MLP of 6"])
+    lambda model: DiT(ModelConfig(mlp_ratio=0.1)), lambda model: DiT(ModelConfig(image_size=44)),
+    lambda model: DiT(ModelConfig(image_size=40, patch_size=1, hidden_size=16, depth=1)),
+], ids=["float64", "bfloat16", "fused already", "heads of 2", "too wide", "MLP of 6", "121 tokens", "1600 tokens"])
 def test_what_it_is_not_for_stays_as_it_is(change):
     model = change(DiT(ModelConfig(depth=1)))
     assert fused(model) is model
@@ -161,6 +166,87 @@ def test_under_autocast_the_network_stays_as_it_is():
     model = DiT(ModelConfig(depth=1))
     with torch.autocast("cpu", torch.bfloat16):
         assert fused(model) is model
+
+
+def test_entered_under_autocast_it_goes_on_in_float32():
+    """As the average does in `guided_target` when a run is in bfloat16."""
+    model = random_network()
+    network, inputs = fused(model), batch(model)
+    with torch.no_grad():
+        expected = network(*inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.allclose(network(*inputs), expected, atol=0.05 * expected.abs().max().item())
+
+
+def test_a_run_in_bfloat16_that_learns_guidance_has_sound_targets(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **settings: partial(model))
+    cfg = train.TrainConfig(precision="bfloat16", learn_guidance=1.35)
+    run = train.Run(cfg, torch.device("cpu"))
+    x_0, y = torch.rand(30, 1, 28, 28), torch.arange(30) % 10
+    with torch.no_grad():
+        for network in (run.model, run.ema):
+            network.load_state_dict(random_network().state_dict())
+    _, averaged = train.compiled_networks(run, cfg, (x_0, y), (x_0, y))
+    assert is_fused(averaged)
+    diffusion = GaussianDiffusion(1000)
+    t, eps = diffusion.draw_t_and_eps(x_0)
+    with train.precision(cfg, x_0.device):
+        fast, plain = (diffusion.guided_target(network, x_0, y, t, eps, 1.35, 10) for network in (averaged, run.ema))
+    assert torch.allclose(fast, plain, atol=0.05 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("N", [0, 1, 2])
+def test_few_images_and_many_threads(N):
+    model = random_network()
+    inputs = batch(model, N)
+    try:
+        torch.set_num_threads(5)
+        fast = output_and_gradients(fused(model), model, *inputs)
+    finally:
+        torch.set_num_threads(1)
+    plain = output_and_gradients(model, model, *inputs)
+    assert torch.allclose(fast["out"], plain["out"], rtol=1e-4, atol=1e-5)
+    if N:
+        assert torch.allclose(fast["x_t"], plain["x_t"], rtol=1e-4, atol=1e-7)
+
+
+def test_views_and_a_second_backward_pass():
+    model = random_network()
+    network, (x_t, t, y) = fused(model), batch(model, 6)
+    model.zero_grad()
+    out = network(x_t.repeat(2, 1, 1, 1)[::2], t, y)
+    assert torch.allclose(out, model(x_t.repeat(2, 1, 1, 1)[::2], t, y), rtol=1e-4, atol=1e-5)
+    gradient = torch.randn_like(out).transpose(2, 3)  # not contiguous
+    once = torch.autograd.grad(out, model.blocks[0].attn.qkv.weight, gradient, retain_graph=True)[0]
+    again = torch.autograd.grad(out, model.blocks[0].attn.qkv.weight, 2 * gradient)[0]
+    assert torch.allclose(again, 2 * once)
+
+
+def test_what_would_be_read_past_its_end_is_refused():
+    model = random_network()
+    network, (x_t, t, y) = fused(model), batch(model)
+    with pytest.raises(ValueError, match="5 images cannot be conditioned on 1 "):
+        network(x_t, t[:1], y[:1])
+    with pytest.raises(TypeError, match=r"contiguous float32 on a CPU, not torch\.float64 on cpu"):
+        fused_module.arguments(x_t.double())
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_every_vector_unit(capability, fresh_cache, monkeypatch):
+    here = torch.backends.cpu.get_cpu_capability()
+    if here != capability and (here, capability) != ("AVX512", "AVX2"):
+        pytest.skip(f"this processor has {here} alone")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model = random_network(depth=1)
+    inputs = batch(model)
+    assert is_fused(fused(model))
+    assert torch.allclose(fused(model)(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_without_vector_units_the_network_stays_as_it_is(fresh_cache, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    model = DiT(ModelConfig(depth=1))
+    assert fused(model) is model
 
 
 @pytest.fixture
@@ -175,6 +261,13 @@ def test_without_a_compiler_the_network_stays_as_it_is(compiler, fresh_cache, mo
     monkeypatch.setenv("CXX", compiler)
     model = DiT(ModelConfig(depth=1))
     assert fused(model) is model
+    monkeypatch.setattr(subprocess, "run", None)
+    assert fused(model) is model, "that it failed is not tried again"
+
+
+def test_a_compiler_of_two_words(fresh_cache, monkeypatch):
+    monkeypatch.setenv("CXX", "env c++")
+    assert is_fused(fused(DiT(ModelConfig(depth=1))))
 
 
 def test_it_is_compiled_once(fresh_cache, monkeypatch):
