@@ -31,8 +31,8 @@ typedef float Image[L][D];
 // What the backward pass needs of the forward pass; it recomputes the rest.
 struct Saved { float x[L][D], qkv[L][3 * D], heads[L][D], middle[L][D], hidden[L][M]; };
 
-// weights[j][i]: of token j for token i, so that a vector holds the softmax of W tokens side by side. Nothing reads the columns
-// from L on, which pad the last vector.
+// weights[j][i]: of token j for token i, so that a vector holds the softmax of W tokens side by side. Nothing reads the
+// columns from L on, which pad the last vector.
 struct Head { float q[d][LP], weights[L][LP], d_out[d][LP], d_weights[L][LP]; };
 
 struct alignas(64) Scratch {
@@ -45,16 +45,25 @@ thread_local Scratch scratch;
 
 // ---- Functions of vectors
 
+// The sum of N floats, by halves.
 template <int N> float sum_of(const float* x) {
-    if constexpr (N == 1) return x[0];
-    else {
-        typedef float part __attribute__((vector_size(2 * N), aligned(4), may_alias));
-        part total = *(const part*)x + *(const part*)(x + N / 2);
-        float y[N/2]; std::memcpy(y,&total,sizeof y);
-        return sum_of<N / 2>(y);
+    if constexpr (N == 1) {
+        return x[0];
+    } else {
+        typedef float half __attribute__((vector_size(2 * N), aligned(4), may_alias));
+        const half total = *reinterpret_cast<const half*>(x) + *reinterpret_cast<const half*>(x + N / 2);
+        float sums[N / 2];
+        std::memcpy(sums, &total, sizeof sums);
+        return sum_of<N / 2>(sums);
     }
 }
-float sum(vec x) { float part[W]; std::memcpy(part, &x, sizeof part); return sum_of<W>(part); }
+
+float sum(vec x) {
+    float parts[W];
+    std::memcpy(parts, &x, sizeof parts);
+    return sum_of<W>(parts);
+}
+
 vec max(vec a, vec b) { return a > b ? a : b; }  // b where one is no number
 
 // e^x = 2^n e^r with n whole and |r| <= ln(2) / 2; the polynomial and the two parts of ln(2) are those of Cephes' expf.
@@ -113,7 +122,8 @@ auto into(float* c, int row) { return [=](int i, int j, vec value) { at(c + i * 
 
 template <int IN, int OUT>
 void linear(const float (*x)[IN], const float (*transposed)[OUT], const float* bias, float (*y)[OUT]) {
-    product<L, IN, OUT>(rows(x[0], IN), transposed[0], OUT, [=](int i, int j, vec value) { at(y[i] + j) = value + at(bias + j); });
+    product<L, IN, OUT>(rows(x[0], IN), transposed[0], OUT,
+                        [=](int i, int j, vec value) { at(y[i] + j) = value + at(bias + j); });
 }
 
 // Adds to the gradients of the layer, and writes that of x, which may take the place of x.
@@ -306,13 +316,15 @@ void backward(const Modulation& mod, const Parameters& w, const Saved& s, Image&
                           [](int i, int j, vec value) { at(scratch.slope[i] + j) *= value; });  // now the gradient of hidden
     norm_modulate(s.middle, mod.shift_mlp, mod.scale_mlp, scratch.normal, scratch.inverse_std, scratch.modulated);
     linear_backward(scratch.modulated, w.fc1, scratch.slope, d_w.fc1, scratch.modulated);
-    norm_modulate_backward(scratch.normal, scratch.inverse_std, mod.scale_mlp, scratch.modulated, d_x, d_mod.shift_mlp, d_mod.scale_mlp);
+    norm_modulate_backward(scratch.normal, scratch.inverse_std, mod.scale_mlp, scratch.modulated, d_x, d_mod.shift_mlp,
+                           d_mod.scale_mlp);
     prefetch<0>(&s + 1), prefetch<0>(&d_x + 1);  // the next image's
     gated_linear_backward(s.heads, w.proj, mod.gate_attn, d_x, d_w.proj, d_mod.gate_attn, into(scratch.branch[0], D));
     attention_backward(s.qkv, scratch.branch, scratch.d_qkv, scratch.head);
     norm_modulate(s.x, mod.shift_attn, mod.scale_attn, scratch.normal, scratch.inverse_std, scratch.modulated);
     linear_backward(scratch.modulated, w.qkv, scratch.d_qkv, d_w.qkv, scratch.modulated);
-    norm_modulate_backward(scratch.normal, scratch.inverse_std, mod.scale_attn, scratch.modulated, d_x, d_mod.shift_attn, d_mod.scale_attn);
+    norm_modulate_backward(scratch.normal, scratch.inverse_std, mod.scale_attn, scratch.modulated, d_x, d_mod.shift_attn,
+                           d_mod.scale_attn);
 }
 
 }  // namespace
