@@ -53,8 +53,9 @@ def assert_same(folder, expected):
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(tmp_path, one_process):
-    process = torchrun(cwd=tmp_path)
+@pytest.mark.parametrize("option", ["--no-compile", "--compile"])
+def test_two_processes_give_what_one_gives(option, tmp_path, one_process):
+    process = torchrun(option, cwd=tmp_path)
     out = finish(process)
     assert process.returncode == 0, out
     assert_same(tmp_path, one_process)
