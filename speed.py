@@ -12,7 +12,8 @@ from dit import DiT
 from fused import fused, is_fused
 
 LARGE_TABLES = 50_000_000  # values in all; 200 MB
-SMALLEST_PIECE, LARGEST_PIECE, LARGEST_FUSED_PIECE = 25, 100, 500  # images; found by benchmarks/training.py
+SMALLEST_PIECE, LARGEST_PIECE = 25, 100  # images; found with torch.compile
+LARGEST_FUSED_PIECE = 500  # images; bounds the memory
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's <malloc.h>
 
 
@@ -90,7 +91,7 @@ def compiled(model: DiT, *batch: Tensor) -> nn.Module:
 def pieces(network: nn.Module, *batch: Tensor) -> list[tuple[Tensor, ...]]:
     """Tensors of a batch, cut into equal parts that a CPU's cache holds; whole on a GPU, or where no even cut is at hand.
 
-    The blocks of a `fused` network keep to the cache by themselves; there, larger parts bound the memory.
+    The blocks of a `fused` network keep to the cache by themselves; its parts are larger.
     """
     N, largest = len(batch[0]), LARGEST_FUSED_PIECE if is_fused(network) else LARGEST_PIECE
     size = next(size for size in range(min(N, largest), 0, -1) if N % size == 0)

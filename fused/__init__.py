@@ -1,4 +1,4 @@
-"""The blocks of a DiT in C++, for training and sampling on a CPU: dit_block.cpp, compiled for the network at hand.
+"""The blocks of a DiT, and the final layer's norm, in C++ for a CPU: dit_block.cpp, compiled for the network at hand.
 
 torch's kernels each write their result for the whole batch to memory and read it back; here an image goes through a block
 without leaving the core's cache. dit_block.py remains what one reads; nothing here changes a result but by rounding.
@@ -52,6 +52,7 @@ def fused(model: DiT, frozen: bool = False) -> DiT:
 
 
 def is_fused(network: nn.Module) -> bool:
+    """Whether `fused` made it, or made what it wraps."""
     return any(isinstance(module, FusedBlocks) for module in network.modules())
 
 
