@@ -25,13 +25,13 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit("evaluate.py: error: torchmetrics is missing: pip install -r requirements-dev.txt") from error
 
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_atomically
 from config import MNIST_TEST_IMAGES, T
 from dataset import DataError, Digits, load_mnist
 from diffusion import GaussianDiffusion
 from dit import DiT
 from inference import GAP, check_places, generate, load_drawing_model, show_canvas, tile
-from speed import compiled, keep_freed_memory, tabulated
+from runtime.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_atomically
+from runtime.speed import compiled, keep_freed_memory, tabulated
 from vlb import bits_per_dimension
 
 EPOCHS, BATCH_SIZE = 8, 125  # of the recogniser; and images drawn at a time

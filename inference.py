@@ -24,11 +24,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, check_writable, load_model, write_atomically
 from config import GUIDANCE, STEPS, T, pick_device
 from diffusion import GaussianDiffusion, guided
 from dit import DiT
-from speed import compiled, keep_freed_memory, tabulated
+from runtime.checkpoint import CheckpointError, check_writable, load_model, write_atomically
+from runtime.speed import compiled, keep_freed_memory, tabulated
 
 COLUMNS = 11  # of inference.png: t = 1000, 900, ..., 0
 MAX_ROWS = 500  # of inference.png: about the height that picture viewers bear

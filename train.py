@@ -27,14 +27,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, load_model
 from config import ModelConfig, T, TrainConfig, pick_device
 from dataset import DataError, Digits, load_mnist
 from diffusion import GaussianDiffusion
-from distributed import Ranks, joined_ranks
 from dit import DiT
-from run_files import RunFiles
-from speed import compiled, keep_freed_memory, pieces
+from runtime.checkpoint import CheckpointError, load_model
+from runtime.distributed import Ranks, joined_ranks
+from runtime.run import RunFiles
+from runtime.speed import compiled, keep_freed_memory, pieces
 
 HELD_OUT_BATCH = 250  # test images at a time
 NO_SHAPE = {"class_dropout_prob", "label_init_std", "time_init_std"}  # in which networks of one shape may differ

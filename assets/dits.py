@@ -1,4 +1,4 @@
-"""Draw the architecture, with the shapes that tensors have in the network: python assets/dits.py assets/dits.png"""
+"""Draw the architecture, with the shapes that tensors have in the network: python -m assets.dits assets/dits.png"""
 
 import sys
 from pathlib import Path
@@ -7,8 +7,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from config import ModelConfig
 from dit import DiT

@@ -1,26 +1,23 @@
 """Quality against the number of sampling steps, or against the strength of guidance: a picture and a table.
 
-    python benchmarks/quality.py steps assets/steps.png
-    python benchmarks/quality.py guidance assets/guidance.png
+    python -m benchmarks.quality steps assets/steps.png
+    python -m benchmarks.quality guidance assets/guidance.png
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from measure import about
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from checkpoint import load_model
+from benchmarks.measure import about
 from config import STEPS, pick_device
 from dataset import load_mnist
 from evaluate import accuracy, draw_images, frechet_distance, in_batches, spread, trained_recogniser
-from speed import keep_freed_memory
+from runtime.checkpoint import load_model
+from runtime.speed import keep_freed_memory
 
 STEP_COUNTS = (10, 20, 50, 100, 250, 1000)
 STRENGTHS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)  # of guidance

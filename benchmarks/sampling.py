@@ -1,24 +1,19 @@
 """The time of a sampling step beside its floor, the arithmetic at the rate of a large matrix product in the same run.
 
-    python benchmarks/sampling.py                   ten digits, as inference.py draws them
-    python benchmarks/sampling.py --batch-size 125  as evaluate.py draws thousands; on a GPU, with --compile
+    python -m benchmarks.sampling                   ten digits, as inference.py draws them
+    python -m benchmarks.sampling --batch-size 125  as evaluate.py draws thousands; on a GPU, with --compile
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from measure import about, arithmetic, medians
-
+from benchmarks.measure import about, arithmetic, medians
 from config import ModelConfig, T, pick_device
 from diffusion import GaussianDiffusion
 from dit import DiT
 from inference import generate
-from speed import keep_freed_memory
+from runtime.speed import keep_freed_memory
 
 STEPS = 100  # in a measurement; the preparation for all of them is counted
 

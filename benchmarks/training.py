@@ -1,25 +1,21 @@
 """The time of a training step beside its floor, the arithmetic at the rate of a large matrix product in the same run.
 
-    python benchmarks/training.py --batch-size 300
-    python benchmarks/training.py --batch-size 64 --scaling assets/scaling.png
+    python -m benchmarks.training --batch-size 300
+    python -m benchmarks.training --batch-size 64 --scaling assets/scaling.png
 """
 
 import argparse
 import copy
-import sys
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from measure import IN_A_ROW, about, arithmetic, medians
-
+from benchmarks.measure import IN_A_ROW, about, arithmetic, medians
 from config import ModelConfig, T, TrainConfig, pick_device
 from diffusion import GaussianDiffusion
 from dit import DiT
-from speed import compiled, keep_freed_memory, pieces
+from runtime.speed import compiled, keep_freed_memory, pieces
 from train import add_gradients, make_optimizers, precision, update_ema
 
 FAMILY = [(32, 2, 4), (64, 3, 7), (64, 3, 4), (64, 6, 4), (128, 3, 4), (128, 6, 4), (64, 3, 2)]  # width, depth, patch

@@ -1,19 +1,12 @@
 """The benchmarks run, and count the arithmetic that there is."""
 
-import sys
 from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import measure
-import quality
-import sampling
-import training
-
+from benchmarks import measure, quality, sampling, training
 from config import ModelConfig
 from dataset import load_mnist
 from dit import DiT

@@ -12,8 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, content
 
-import checkpoint
-from checkpoint import (
+from config import PAPER, ModelConfig
+from dit import DiT
+from runtime import checkpoint
+from runtime.checkpoint import (
     WEIGHTS,
     CheckpointError,
     check_writable,
@@ -22,8 +24,6 @@ from checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from config import PAPER, ModelConfig
-from dit import DiT
 
 
 def weights_of(model, step, recipe):
@@ -266,6 +266,6 @@ def test_the_outline_has_the_names_shapes_and_types_of_the_network():
 
 def test_loading_does_not_import_the_compiler():
     """It takes a second of the eight that inference.py has."""
-    code = "import sys; from checkpoint import load_model; load_model('model.pth'); print('sympy' in sys.modules)"
+    code = "import sys; from runtime.checkpoint import load_model; load_model('model.pth'); print('sympy' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "False"

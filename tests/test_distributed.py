@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-from checkpoint import load_model
-from distributed import Ranks
+from runtime.checkpoint import load_model
+from runtime.distributed import Ranks
 
 OPTIONS = [*map(str, TINY), "--epochs", "4", "--lr", "0.01"]
 

@@ -9,11 +9,11 @@ from conftest import ROOT, content
 from torch.nn import functional as F
 
 import evaluate
-from checkpoint import load_model, save_checkpoint
 from config import T
 from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion
 from evaluate import Recogniser, copied_share, frechet_distance, nearest_two, shaken, spread, trained_recogniser
+from runtime.checkpoint import load_model, save_checkpoint
 from vlb import bits_per_dimension
 
 

@@ -13,8 +13,8 @@ import torch
 from conftest import TINY, content
 
 import train
-from checkpoint import checksum, load_checkpoint, load_model
-from run_files import STATE
+from runtime.checkpoint import checksum, load_checkpoint, load_model
+from runtime.run import STATE
 
 OPTIONS = [*map(str, TINY), "--epochs", "30", "--lr", "0.01", "--checkpoint-every", "1"]
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-import fused as fused_module
 import train
 from config import ModelConfig
 from diffusion import GaussianDiffusion
 from dit import DiT
-from fused import FusedBlocks, block_library, fused, is_fused
+from runtime import fused as fused_module
+from runtime.fused import FusedBlocks, block_library, fused, is_fused
 
 SHAPES = {
     "the recipe's": {},

@@ -11,12 +11,12 @@ from matplotlib.image import imread
 from PIL import Image
 
 import inference
-from checkpoint import load_model, save_checkpoint
 from config import ModelConfig, T
 from dataset import load_mnist
 from diffusion import GaussianDiffusion
 from dit import DiT
 from inference import GAP, ZOOM, Snapshots, generate, tile
+from runtime.checkpoint import load_model, save_checkpoint
 from train import held_out_loss
 
 SIDE = ZOOM * (28 + GAP)

@@ -15,8 +15,8 @@ from conftest import ROOT, TINY
 
 import inference
 import train
-from checkpoint import load_model, save_checkpoint
 from evaluate import Recogniser
+from runtime.checkpoint import load_model, save_checkpoint
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted({command for line in re.findall(r"^    (\S.*)$", re.sub(r"\\\n +", "", README), flags=re.MULTILINE)
@@ -25,12 +25,12 @@ SHORTER = {  # options that make a command short; the last one counts
     "train.py": [*map(str, TINY), "--epochs", "1", "--start-from="],  # so small a network has no use for those weights
     "inference.py": ["--steps", "2"],
     "evaluate.py": ["--n", "100", "--steps", "2", "--bpd", "1"],
-    "benchmarks/training.py": ["--hidden-size", "16", "--depth", "1", "--batch-size", "8", "--rounds", "1"],
-    "benchmarks/sampling.py": ["--hidden-size", "16", "--depth", "1", "--rounds", "1"],
-    "assets/dits.py": [],
+    "benchmarks.training": ["--hidden-size", "16", "--depth", "1", "--batch-size", "8", "--rounds", "1"],
+    "benchmarks.sampling": ["--hidden-size", "16", "--depth", "1", "--rounds", "1"],
+    "assets.dits": [],
 }
 ELSEWHERE = {  # commands that no option makes short, and the tests that run them in part
-    "benchmarks/quality.py": "tests/test_benchmarks.py::test_quality_pictures",
+    "benchmarks.quality": "tests/test_benchmarks.py::test_quality_pictures",
     "--scaling": "tests/test_benchmarks.py::test_scaling_picture",
     "--nnodes": "tests/test_distributed.py::test_two_machines_and_the_death_of_one_of_their_processes",
     "pip install": ".ci/run::pip install",
@@ -91,7 +91,7 @@ def copy_of_the_project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     for path in (*ROOT.glob("*.py"), ROOT / "model.pth"):
         shutil.copy(path, folder)
-    for name in ("assets", "benchmarks", "fused"):
+    for name in ("assets", "benchmarks", "runtime"):
         shutil.copytree(ROOT / name, folder / name)
     (folder / "mnist").mkdir()
     (folder / "mnist" / "MNIST").symlink_to(ROOT / "mnist" / "MNIST")

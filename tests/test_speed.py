@@ -10,14 +10,14 @@ import torch
 from conftest import ROOT, TINY, run_script
 from torch import nn
 
-import speed
 import train
 from config import ModelConfig, TrainConfig
 from diffusion import GaussianDiffusion
 from dit import DiT
-from fused import fused, is_fused
 from inference import generate
-from speed import Row, compiled, pieces, tabulated
+from runtime import speed
+from runtime.fused import fused, is_fused
+from runtime.speed import Row, compiled, pieces, tabulated
 
 
 def gradients(network, model, x, t, y):
@@ -99,7 +99,7 @@ def test_training_compiled_ends_where_plain_training_does(tmp_path, train_tiny):
 PAGES = """
 import resource, sys, torch
 sys.path.insert(0, {root!r})
-from speed import keep_freed_memory
+from runtime.speed import keep_freed_memory
 if {kept}:
     keep_freed_memory()
 def new_pages():

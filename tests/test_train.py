@@ -13,12 +13,12 @@ import torch
 from conftest import ROOT, TINY, content, run_script
 
 import train
-from checkpoint import checksum, load_checkpoint, save_checkpoint
 from config import PAPER, ModelConfig, T, TrainConfig
 from dataset import load_mnist
 from diffusion import GaussianDiffusion
 from dit import DiT
 from inference import generate, load_model
+from runtime.checkpoint import checksum, load_checkpoint, save_checkpoint
 
 
 def rows(folder):

@@ -7,9 +7,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from checkpoint import load_model
 from diffusion import GaussianDiffusion
 from inference import generate
+from runtime.checkpoint import load_model
 from vlb import bits_per_dimension, bound_term, discretized_log_likelihood, gaussian_kl
 
 D = GaussianDiffusion(1000)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from checkpoint import write_atomically
 from dit import DiT, FinalLayer
+from runtime.checkpoint import write_atomically
 
 LARGEST_WIDTH = 256  # of a token; for wider ones torch.compile is as fast
 READABLE = ("cpu", torch.float32)  # the device and dtype that dit_block.cpp takes

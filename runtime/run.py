@@ -10,7 +10,9 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from checkpoint import (
+from config import TrainConfig
+from dit import DiT
+from runtime.checkpoint import (
     CheckpointError,
     check_weights,
     check_writable,
@@ -19,8 +21,6 @@ from checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from config import TrainConfig
-from dit import DiT
 
 MAY_CHANGE = {"epochs", "checkpoint", "checkpoint_every", "data_dir", "device", "compile"}  # in the recipe, at --resume
 STATE = {"recipe": dict, "weights": dict, "ema": dict, "optimizers": list, "step": int, "curve": list, "seconds": float,

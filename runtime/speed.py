@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dit import DiT
-from fused import fused, is_fused
+from runtime.fused import fused, is_fused
 
 LARGE_TABLES = 50_000_000  # values in all; 200 MB
 SMALLEST_PIECE, LARGEST_PIECE = 25, 100  # images; found with torch.compile
