@@ -1,6 +1,6 @@
-"""The Diffusion Transformer: patchify, N blocks, final layer, unpatchify (DiT section 3.2 and Figure 3).
+"""The Diffusion Transformer: patchify, blocks, final layer, unpatchify (DiT section 3.2 and Figure 3).
 
-Names and shapes of the parameters are those of the paper's released checkpoints.
+With adaLN-Zero, names and shapes of the parameters are those of the paper's released checkpoints.
 """
 
 import math
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from config import ModelConfig
-from dit_block import DiTBlock, modulate
+from config import BLOCKS, ModelConfig
+from dit_block import AdaLNBlock, CrossAttentionBlock, DiTBlock, InContextBlock, modulate
 from time_emb import TimestepEmbedder
+
+DESIGNS = dict(zip(BLOCKS, (InContextBlock, CrossAttentionBlock, AdaLNBlock, DiTBlock), strict=True))
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -71,21 +73,36 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
-    def drop(self, y: Tensor) -> Tensor:
+    def drop(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Labels for training: each is replaced by the null class with `dropout_prob` (CFG Algorithm 1, line 3).
 
-        A step of the training loop, where the paper's code has it in forward(): the loop draws for a whole batch even
-        when several processes share it.
+        The paper's code does this in forward(). Here it is a step of the training loop, which draws for the whole batch
+        even when several processes share it. generator: on the device of y; torch's global one by default.
         """
-        dropped = torch.rand(y.shape, device=y.device) < self.dropout_prob
+        dropped = torch.rand(y.shape, generator=generator, device=y.device) < self.dropout_prob
         return torch.where(dropped, self.null_class, y)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
 
 
+class PlainFinalLayer(nn.Module):
+    """LayerNorm, then a linear map to the values of a patch; c is not used. x: (N, L, D) -> (N, L, p*p*C_out).
+
+    For the two designs whose condition is tokens: the final LayerNorm is "adaptive if using adaLN" (DiT section 3.2).
+    """
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.linear(self.norm_final(x))
+
+
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm, then a linear map to the values of a patch. x: (N, L, D), c: (N, D) -> (N, L, p*p*C_out)."""
+    """The final layer of adaLN and adaLN-Zero: c modulates its LayerNorm. x: (N, L, D), c: (N, D) -> (N, L, p*p*C_out)."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
@@ -109,13 +126,17 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(D)
         self.y_embedder = LabelEmbedder(config.num_classes, D, config.class_dropout_prob)
         self.register_buffer("pos_embed", torch.empty(1, (config.image_size // p) ** 2, D))  # (1, L, D), not trained
-        self.blocks = nn.ModuleList(DiTBlock(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
-        self.final_layer = FinalLayer(D, p, config.out_channels)
+        self.adaptive = config.block.startswith("adaLN")
+        self.blocks = nn.ModuleList(DESIGNS[config.block](D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.final_layer = (FinalLayer if self.adaptive else PlainFinalLayer)(D, p, config.out_channels)
         if initialize:
             self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Every initial value (DiT section 3.2, "adaLN-Zero block", section 4, "Training", and the paper's code)."""
+        """Every initial value (DiT section 3.2, "adaLN-Zero block", section 4, "Training", and the paper's code).
+
+        LayerNorms keep torch's scale of 1 and shift of 0.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -126,17 +147,22 @@ class DiT(nn.Module):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=self.config.label_init_std)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=self.config.time_init_std)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=self.config.time_init_std)
-        # Zero gates make each block the identity; the zero final layer makes the network's first prediction exactly 0.
-        for layer in (*self.blocks, self.final_layer):
-            nn.init.zeros_(layer.adaLN_modulation[1].weight)
-            nn.init.zeros_(layer.adaLN_modulation[1].bias)
+        # Zero gates make each adaLN-Zero block the identity; the zero final layer makes the first prediction exactly 0.
+        for layer in self.modules():
+            if isinstance(layer, DiTBlock | FinalLayer):
+                nn.init.zeros_(layer.adaLN_modulation[1].weight)
+                nn.init.zeros_(layer.adaLN_modulation[1].bias)
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x_t: (N, C, H, W); t: (N,) ints in [0, T); y: (N,) ints in [0, num_classes] -> (N, C_out, H, W)."""
         x = self.x_embedder(x_t) + self.pos_embed  # (N, L, D)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)  # (N, D) each
+        c = t_emb + y_emb if self.adaptive else torch.stack([t_emb, y_emb], dim=1)  # (N, D), or two tokens (N, 2, D)
+        if self.config.block == "in-context":
+            x = torch.cat([x, c], dim=1)  # (N, L + 2, D)
         for block in self.blocks:
             x = block(x, c)
+        x = x[:, :self.pos_embed.shape[1]]  # the image tokens alone again
         return unpatchify(self.final_layer(x, c), self.config.patch_size)

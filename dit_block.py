@@ -1,7 +1,8 @@
-"""The DiT block with adaLN-Zero conditioning (DiT section 3.2; Figure 3, "DiT Block with adaLN-Zero").
+"""The four block designs of DiT section 3.2, which differ in how the timestep t and the label y reach the tokens.
 
-Figure 3 calls the shift, scale and gate of a modulation beta, gamma and alpha; here beta and alpha belong to the schedule.
-Shapes: N images, L tokens an image, D the width of a token.
+They stand in the paper's order: in-context, cross-attention, adaLN, adaLN-Zero. Figure 3, which leaves out plain adaLN,
+calls shift, scale and gate beta, gamma and alpha; here beta and alpha belong to the schedule.
+Shapes: N images, L tokens per image, D the width of a token.
 """
 
 from torch import Tensor, nn
@@ -12,8 +13,15 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V, the heads side by side. q: (N, heads, L, d); k, v: (N, heads, M, d) -> (N, L, D)."""
+    # F.scaled_dot_product_attention is no faster for 49 tokens on a CPU, and hides the formula.
+    weights = (q * q.shape[-1]**-0.5 @ k.transpose(-2, -1)).softmax(dim=-1)  # (N, heads, L, M)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention, softmax(Q K^T / sqrt(d)) V with d = D / num_heads. (N, L, D) -> (N, L, D)."""
+    """Multi-head self-attention with d = D / num_heads. (N, L, D) -> (N, L, D)."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -23,11 +31,25 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         N, L, D = x.shape
-        d = D // self.num_heads
-        q, k, v = self.qkv(x).reshape(N, L, 3, self.num_heads, d).permute(2, 0, 3, 1, 4)  # each (N, heads, L, d)
-        # F.scaled_dot_product_attention is no faster for 49 tokens on a CPU, and hides the formula.
-        weights = (q * d**-0.5 @ k.transpose(-2, -1)).softmax(dim=-1)  # (N, heads, L, L)
-        return self.proj((weights @ v).transpose(1, 2).reshape(N, L, D))
+        q, k, v = self.qkv(x).reshape(N, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        return self.proj(attend(q, k, v))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of the tokens to a second sequence. x: (N, L, D), sequence: (N, M, D) -> (N, L, D)."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, sequence: Tensor) -> Tensor:
+        (N, L, D), M = x.shape, sequence.shape[1]
+        q = self.q(x).reshape(N, L, self.num_heads, D // self.num_heads).transpose(1, 2)
+        k, v = self.kv(sequence).reshape(N, M, 2, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        return self.proj(attend(q, k, v))
 
 
 class Mlp(nn.Module):
@@ -43,8 +65,71 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class InContextBlock(nn.Module):
+    """A standard ViT block (DiT section 3.2, "In-context conditioning"). x: (N, L + 2, D) -> (N, L + 2, D).
+
+    t and y are the last two of the tokens: `DiT.forward` appends them and removes them after the last block. The block
+    itself has no use for c.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
+
+
+class CrossAttentionBlock(nn.Module):
+    """A ViT block with attention to t and y in its middle (DiT section 3.2, "Cross-attention block").
+
+    x: (N, L, D); c: (N, 2, D), the sequence of the two tokens t and y -> (N, L, D).
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.cross_attn = CrossAttention(hidden_size, num_heads)
+        self.norm3 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        x = x + self.cross_attn(self.norm2(x), c)
+        x = x + self.mlp(self.norm3(x))
+        return x
+
+
+class AdaLNBlock(nn.Module):
+    """LayerNorms whose shift and scale are regressed from c = t + y (DiT section 3.2, "Adaptive layer norm block").
+
+    x: (N, L, D), c: (N, D) -> (N, L, D).
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 4 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_attn, scale_attn, shift_mlp, scale_mlp = self.adaLN_modulation(c).chunk(4, dim=1)
+        x = x + self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        x = x + self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return x
+
+
 class DiTBlock(nn.Module):
-    """Attention, then MLP; c modulates the input of each and gates its output. x: (N, L, D), c: (N, D) -> (N, L, D).
+    """adaLN with a gate on each branch as well (DiT section 3.2, "adaLN-Zero block"). x: (N, L, D), c: (N, D) -> (N, L, D).
 
     `DiT.initialize_weights` sets adaLN_modulation to zero: all gates are 0 and a new block is the identity.
     """
