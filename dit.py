@@ -127,7 +127,8 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, D, config.class_dropout_prob)
         self.register_buffer("pos_embed", torch.empty(1, (config.image_size // p) ** 2, D))  # (1, L, D), not trained
         self.adaptive = config.block.startswith("adaLN")
-        self.blocks = nn.ModuleList(DESIGNS[config.block](D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        design = DESIGNS[config.block]
+        self.blocks = nn.ModuleList(design(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
         self.final_layer = (FinalLayer if self.adaptive else PlainFinalLayer)(D, p, config.out_channels)
         if initialize:
             self.initialize_weights()

@@ -1,21 +1,25 @@
-"""The blocks of a DiT, and the final layer's norm, in C++ for a CPU: dit_block.cpp, compiled for the network at hand.
+"""The blocks of a DiT, and the LayerNorm of its final layer, in C++ for a CPU: dit_block.cpp, compiled for the network.
 
 torch's kernels each write their result for the whole batch to memory and read it back; here an image goes through a block
-without leaving the core's cache. dit_block.py remains what one reads; nothing here changes a result but by rounding.
+without leaving the core's cache. dit_block.py is the version to read; results differ from it by rounding only.
 """
 
 import copy
 import ctypes
 import hashlib
+import logging
 import os
 import shlex
 import subprocess
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from dit import DiT, FinalLayer
 from runtime.checkpoint import write_atomically
@@ -29,17 +33,20 @@ VECTOR_UNITS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512bw
 def fused(model: DiT, frozen: bool = False) -> DiT:
     """A copy of `model` that shares its parameters and has its blocks in C++; `model` itself where that cannot be.
 
-    It can in float32 on a CPU with AVX2 or AVX-512, for networks that are not too large, where there is a C++ compiler.
-    frozen: see `FusedBlocks`.
+    It can in float32 on a CPU with AVX2 or AVX-512, where there is a C++ compiler, for adaLN and adaLN-Zero networks that
+    are not too large and whose blocks are those of dit_block.py. frozen: see `FusedBlocks`.
     """
-    config, tokens = model.config, model.pos_embed.shape[1]
-    kinds = {(values.device.type, values.dtype) for values in (*model.parameters(), *model.buffers())}
-    if is_fused(model) or torch.is_autocast_enabled("cpu") or kinds != {READABLE}:
+    if type(model) is not DiT or not model.adaptive or model.config.hidden_size > LARGEST_WIDTH:
         return model
-    mlp_size = model.blocks[0].mlp.fc1.out_features
+    kinds = {(values.device.type, values.dtype) for values in (*model.parameters(), *model.buffers())}
+    with torch.random.fork_rng(devices=[]):
+        reference = DiT(model.config, initialize=False)
+    if kinds != {READABLE} or not same_computation(model.blocks, reference.blocks):
+        return model
+    config, tokens, mlp_size = model.config, model.pos_embed.shape[1], model.blocks[0].mlp.fc1.out_features
     whole_vectors = config.hidden_size // config.num_heads % 4 == 0 and mlp_size % 16 == 0  # see W in dit_block.cpp
     whole_tiles = any(tokens % rows == 0 for rows in (4, 5, 6, 7))  # see product() there
-    if not whole_vectors or not whole_tiles or config.hidden_size > LARGEST_WIDTH or tokens > MOST_TOKENS:
+    if not whole_vectors or not whole_tiles or tokens > MOST_TOKENS:
         return model
     library = block_library(tokens, config.hidden_size, config.num_heads, mlp_size)
     if library is None:
@@ -47,8 +54,22 @@ def fused(model: DiT, frozen: bool = False) -> DiT:
     copied = copy.copy(model)
     copied._modules = dict(model._modules)
     copied.blocks = nn.ModuleList([FusedBlocks(model.blocks, library, frozen)])
-    copied.final_layer = FusedFinalLayer(model.final_layer, library)
+    if same_computation(model.final_layer, reference.final_layer):
+        copied.final_layer = FusedFinalLayer(model.final_layer, library)
     return copied
+
+
+def same_computation(module: nn.Module, reference: nn.Module) -> bool:
+    """Whether the two differ in the values of their parameters only: C++ replaces nothing but what it was written for.
+
+    All parts have exactly the same types, settings (eps, the form of GELU, number of heads, ...) and shapes, and no hooks.
+    """
+    def described(module: nn.Module) -> list:
+        return [(type(part), {name: p is not None and p.shape for name, p in part._parameters.items()},
+                 {name: value for name, value in vars(part).items() if name not in ("_parameters", "_modules", "training")})
+                for part in module.modules()]
+
+    return described(module) == described(reference)
 
 
 def is_fused(network: nn.Module) -> bool:
@@ -58,45 +79,91 @@ def is_fused(network: nn.Module) -> bool:
 
 @cache
 def block_library(tokens: int, hidden_size: int, num_heads: int, mlp_size: int) -> ctypes.CDLL | None:
-    """dit_block.cpp for blocks of these sizes; compiled at their first use, in a second or two, and kept in __pycache__.
+    """dit_block.cpp for blocks of these sizes; compiled in a second or two when first used, and then kept in a file.
 
-    None where that does not work.
+    None where the processor has no vector unit for it, and, with one line that says why, where it cannot be built.
     """
     vector_units = VECTOR_UNITS.get(torch.backends.cpu.get_cpu_capability())
     if vector_units is None:
         return None
-    source = Path(__file__).with_name("dit_block.cpp")
     sizes = {"TOKENS": tokens, "WIDTH": hidden_size, "HEADS": num_heads, "MLP_WIDTH": mlp_size}
-    command = [*shlex.split(os.environ.get("CXX", "c++")), str(source), "-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC",
-               *vector_units, *(f"-D{name}={value}" for name, value in sizes.items())]
-    key = hashlib.sha256(source.read_bytes() + repr(command).encode()).hexdigest()[:16]
-    place = source.with_name("__pycache__") / f"dit_block-{key}.so"
     try:
-        if not place.exists():
-            place.parent.mkdir(exist_ok=True)
-            write_atomically(place, lambda path: subprocess.run([*command, "-o", path], check=True, capture_output=True))
-        library = ctypes.CDLL(str(place))
-    except (OSError, subprocess.CalledProcessError):
+        source = Path(__file__).with_name("dit_block.cpp").read_bytes()
+        command = [*shlex.split(os.environ.get("CXX") or "c++"), "-x", "c++", "-", "-std=c++17", "-O3", "-fopenmp",
+                   "-shared", "-fPIC", *vector_units, *(f"-D{name}={value}" for name, value in sizes.items())]
+        name = f"dit_block-{hashlib.sha256(source + repr(command).encode()).hexdigest()[:16]}.so"
+        for folder in library_folders():
+            with suppress(OSError):
+                return load(folder / name)
+        return build(command, source, name)
+    except (OSError, ValueError, AttributeError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", b"").decode(errors="replace").strip() or str(error)
+        say_once(f"goes on without the blocks in C++, which is slower; they cannot be built: {reason.splitlines()[0]}")
         return None
+
+
+def library_folders() -> list[Path]:
+    """Where compiled libraries are kept: next to the source, or, where that cannot be written, in the user's cache."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return [Path(__file__).with_name("__pycache__"), *([user / "dit-101"] if user.is_absolute() else [])]
+
+
+def digest(name: str, library: bytes) -> bytes:
+    """What follows the library in its file, where the loader of the system does not look."""
+    return hashlib.sha256(name.encode() + library).digest()
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library in a file of `build`; a file that is not whole is never run. OSError if there is no such file."""
+    content = path.read_bytes()
+    if content[-32:] != digest(path.name, content[:-32]):
+        raise OSError(f"{path} is damaged")
+    library = ctypes.CDLL(str(path))
     library.saved_floats.restype = ctypes.c_int64
     return library
 
 
-class FusedBlocks(nn.Module):
-    """All blocks of a DiT, one after the other. x: (N, L, D), c: (N, D) -> (N, L, D), in float32 under autocast too.
+def build(command: list[str], source: bytes, name: str) -> ctypes.CDLL:
+    """Compile the source that the name stands for, keep the library in the first folder that takes it, and load it."""
+    with TemporaryDirectory() as temporary:
+        built = Path(temporary) / name
+        subprocess.run([*command, "-o", built], input=source, check=True, capture_output=True)
+        content = built.read_bytes()
+        content += digest(name, content)
+        for folder in library_folders():
+            with suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(folder / name, lambda path: path.write_bytes(content))
+                return load(folder / name)
+        built.write_bytes(content)
+        return load(built)
 
-    frozen: their parameters will not change, nor need gradients, and are packed once instead of at every call.
+
+@cache
+def say_once(sentence: str) -> None:
+    logging.getLogger(__name__).warning(sentence)  # to stderr; a stream that is closed or broken does not stop the work
+
+
+class FusedBlocks(nn.Module):
+    """All blocks of a DiT, one after the other. x: (N, L, D), c: (N, D) -> (N, L, D), float32.
+
+    frozen: their parameters will not change and need no gradients, so they are packed once instead of in every call.
     """
 
     def __init__(self, blocks: nn.ModuleList, library: ctypes.CDLL, frozen: bool):
         super().__init__()
         self.blocks, self.library = blocks, library
-        self.packed = self.pack(self.ordered()) if frozen else None
+        self.packed = (self.modulation(), self.pack(self.ordered())) if frozen else None
 
     def ordered(self) -> list[Tensor]:
-        """The parameters, but for the modulation's, in the order of `Parameters` in dit_block.cpp."""
+        """The parameters of attention and MLP, in the order of `Parameters` in dit_block.cpp."""
         return [values for block in self.blocks for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
                 for values in (layer.weight, layer.bias)]
+
+    def modulation(self) -> tuple[Tensor, Tensor]:
+        """All adaLN layers as one: its weight (depth * K * D, D) and bias, with K = 6 for adaLN-Zero and 4 for adaLN."""
+        layers = [block.adaLN_modulation[1] for block in self.blocks]
+        return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
 
     @torch.no_grad()
     def pack(self, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -107,57 +174,57 @@ class FusedBlocks(nn.Module):
         return packed, transposed
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        if len(x) != len(c):
-            raise ValueError(f"{len(x)} images cannot be conditioned on {len(c)} times and labels")
+        N, D = c.shape
+        if len(x) != N:
+            raise ValueError(f"{len(x)} images cannot be conditioned on {N} times and labels")
         parameters = [] if self.packed else self.ordered()
-        with torch.autocast("cpu", enabled=False):
-            modulations = torch.stack([block.adaLN_modulation(c) for block in self.blocks])  # (depth, N, 6D)
-            return BlocksFunction.apply(x.float().contiguous(), modulations.float(), self.packed or self.pack(parameters),
-                                        self.library, torch.is_grad_enabled(), *parameters)
+        modulation, packed = self.packed or (self.modulation(), self.pack(parameters))
+        mod = F.linear(F.silu(c), *modulation).view(N, len(self.blocks), -1, D)
+        if mod.shape[2] == 4:  # adaLN is adaLN-Zero with gates of 1
+            gate = mod.new_ones(N, len(self.blocks), 1, D)
+            mod = torch.cat([mod[:, :, :2], gate, mod[:, :, 2:], gate], dim=2)
+        return BlocksFunction.apply(x.contiguous(), mod, packed, self.library, torch.is_grad_enabled(), *parameters)
 
 
 class BlocksFunction(torch.autograd.Function):
-    """x: (N, L, D), modulations: (depth, N, 6D), the packed parameters, and themselves, for their gradients -> (N, L, D)."""
+    """x: (N, L, D), mod: (N, depth, 6, D), the packed parameters, and themselves, for their gradients -> (N, L, D)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, modulations: Tensor, packed: tuple[Tensor, Tensor], library: ctypes.CDLL, grad_enabled: bool,
+    def forward(ctx, x: Tensor, mod: Tensor, packed: tuple[Tensor, Tensor], library: ctypes.CDLL, grad_enabled: bool,
                 *parameters: Tensor) -> Tensor:
-        depth, N = len(modulations), len(x)
+        N, depth = mod.shape[:2]
         out = torch.empty_like(x)
         saved = x.new_empty(depth, N, library.saved_floats()) if grad_enabled and any(ctx.needs_input_grad) else None
-        library.blocks_forward(*arguments(depth, N, x, modulations, *packed, out, saved), torch.get_num_threads())
+        library.blocks_forward(*arguments(depth, N, x, mod, *packed, out, saved), torch.get_num_threads())
         if saved is not None:
             ctx.library, ctx.shapes = library, [values.shape for values in parameters]
-            ctx.save_for_backward(modulations, packed[0], saved)
+            ctx.save_for_backward(mod, packed[0], saved)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        modulations, packed, saved = ctx.saved_tensors
+        mod, packed, saved = ctx.saved_tensors
         threads = max(1, min(torch.get_num_threads(), len(d_out)))
-        d_x, d_modulations = d_out.clone(memory_format=torch.contiguous_format), torch.empty_like(modulations)
+        d_x, d_mod = d_out.clone(memory_format=torch.contiguous_format), torch.empty_like(mod)
         d_packed = packed.new_zeros(threads, packed.numel())
-        ctx.library.blocks_backward(*arguments(len(modulations), len(d_x), modulations, packed, saved, d_x, d_modulations,
-                                               d_packed), threads)
+        ctx.library.blocks_backward(*arguments(mod.shape[1], len(d_x), mod, packed, saved, d_x, d_mod, d_packed), threads)
         d_parameters = []
         if ctx.shapes:
             parts = d_packed.sum(0).split([shape.numel() for shape in ctx.shapes])
             d_parameters = [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
-        return d_x, d_modulations, None, None, None, *d_parameters
+        return d_x, d_mod, None, None, None, *d_parameters
 
 
 class FusedFinalLayer(nn.Module):
-    """The final layer with its LayerNorm and modulation in one. x: (N, L, D), c: (N, D) -> (N, L, p*p*C_out)."""
+    """The final layer, its LayerNorm and modulation in C++. x: (N, L, D), c: (N, D) -> (N, L, p*p*C_out)."""
 
     def __init__(self, layer: FinalLayer, library: ctypes.CDLL):
         super().__init__()
         self.layer, self.library = layer, library
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            modulation = self.layer.adaLN_modulation(c).float()
-            return self.layer.linear(FinalFunction.apply(x.float().contiguous(), modulation, self.library))
+        return self.layer.linear(FinalFunction.apply(x.contiguous(), self.layer.adaLN_modulation(c), self.library))
 
 
 class FinalFunction(torch.autograd.Function):
@@ -182,7 +249,7 @@ class FinalFunction(torch.autograd.Function):
 
 
 def arguments(*values: int | Tensor | None) -> list[ctypes.c_int64 | ctypes.c_void_p]:
-    """Whole numbers, and the addresses of tensors, as C has them. TypeError for a tensor that C++ could not read."""
+    """Ints, and the addresses of tensors, as C has them. TypeError for a tensor that C++ could not read."""
     for value in values:
         if isinstance(value, Tensor) and ((value.device.type, value.dtype) != READABLE or not value.is_contiguous()):
             raise TypeError(f"the fused blocks take contiguous float32 on a CPU, not {value.dtype} on {value.device}")

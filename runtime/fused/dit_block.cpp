@@ -1,6 +1,7 @@
 // A DiTBlock (dit_block.py) on a CPU, forward and backward: one image at a time, so that a core's cache holds all of it.
 //
 // __init__.py compiles this for one network, and defines its sizes. Names follow dit_block.py; d_x is the gradient of x.
+// An AdaLNBlock is a DiTBlock whose gates are 1.
 
 #include <cmath>
 #include <cstdint>
@@ -64,7 +65,7 @@ float sum(vec x) {
     return sum_of<W>(parts);
 }
 
-vec max(vec a, vec b) { return a > b ? a : b; }  // b where one is no number
+vec max(vec a, vec b) { return a > b ? a : b; }  // b if one of them is NaN
 
 // e^x = 2^n e^r with n whole and |r| <= ln(2) / 2; the polynomial and the two parts of ln(2) are those of Cephes' expf.
 vec exp(vec x) {
@@ -94,7 +95,7 @@ constexpr int divisor(int n, int most) {
     return most;
 }
 #ifdef __AVX512F__
-constexpr int TILE_VECTORS = 4;  // 7 rows of 4 vectors fill the 32 registers but for a row of B
+constexpr int TILE_VECTORS = 4;  // 7 rows of 4 vectors and a row of B fill the 32 registers
 #else
 constexpr int TILE_VECTORS = 1;
 #endif
@@ -343,7 +344,7 @@ void transposed(int64_t depth, const Parameters* w, Transposed* wt, int threads)
     }
 }
 
-// x, out: (N, L, D); mod: (depth, N, 6, D); saved: (depth, N, saved_floats()), or null when no backward pass will follow.
+// x, out: (N, L, D); mod: (N, depth, 6, D); saved: (depth, N, saved_floats()), or null when no backward pass will follow.
 void blocks_forward(int64_t depth, int64_t N, const Image* x, const Modulation* mod, const Parameters* w,
                     const Transposed* wt, Image* out, Saved* saved, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
@@ -352,7 +353,7 @@ void blocks_forward(int64_t depth, int64_t N, const Image* x, const Modulation* 
             Saved& s = saved ? saved[b * N + n] : scratch.unsaved;
             if (saved) prefetch<1>(&s + 1);
             std::memcpy(s.x, b ? out[n] : x[n], sizeof s.x);
-            forward(mod[b * N + n], w[b], wt[b], out[n], s);
+            forward(mod[n * depth + b], w[b], wt[b], out[n], s);
         }
 }
 
@@ -364,7 +365,7 @@ void blocks_backward(int64_t depth, int64_t N, const Modulation* mod, const Para
     for (int thread = 0; thread < threads; thread++)
         for (int64_t b = depth - 1; b >= 0; b--)
             for (int64_t n = N * thread / threads; n < N * (thread + 1) / threads; n++)
-                backward(mod[b * N + n], w[b], saved[b * N + n], d_x[n], d_mod[b * N + n], d_w[thread * depth + b]);
+                backward(mod[n * depth + b], w[b], saved[b * N + n], d_x[n], d_mod[n * depth + b], d_w[thread * depth + b]);
 }
 
 // LayerNorm and modulation alone, as the final layer has them. x, out: (N, L, D); mod: (N, 2, D), shift and scale.
