@@ -1,11 +1,10 @@
-"""The diffusion: forward process, loss and reverse process.
+"""The diffusion: forward process, loss, posterior, samplers, guidance, and the terms of the NLL bound.
 
 DDPM is Ho et al. 2020; DDIM, Song et al. 2020; iDDPM, Nichol & Dhariwal 2021. Time is counted from 0 in the code:
-t = 0, ..., T-1 here is t = 1, ..., T in the papers. The formulas take a t for each image, or one for all of them as a plain
-int, which spares a sampler the look-up.
+t = 0, ..., T-1 here is t = 1, ..., T in the papers. Every formula takes one t per image, (N,).
 
 A model is any callable out = model(x_t, t, y) with x_t: (N, C, H, W), t: (N,) ints in [0, T), y: (N,) class labels. `out` is
-eps_hat, (N, C, H, W); or, of a network that predicts the variance too, eps_hat and v in twice the channels.
+eps_hat, (N, C, H, W); a network that also predicts the variance returns eps_hat and v, (N, 2C, H, W).
 """
 
 import math
@@ -17,24 +16,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from config import T
-from vlb import bound_term
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
-Time = Tensor | int  # (N,) ints in [0, T), or one for all images; of a respaced chain, the number of one of its times
 
 
 class GaussianDiffusion:
-    """The chain q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I) and its approximate reversal.
+    """The chain q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I) and its learned reversal.
 
-    The schedule is kept in float64 and is cast to the dtype of the images where it meets them.
-    timesteps: the times at which the chain is seen; all of 0, ..., num_timesteps - 1 unless given.
+    The schedule is float64. Its values are cast to the images' dtype when they are used.
+    timesteps: (steps,), the times the chain visits; default: all of 0, ..., num_timesteps - 1. In a respaced chain, the
+    methods below take t as an index into `timesteps`; the model always receives the time itself.
     """
 
     def __init__(self, num_timesteps: int = T, timesteps: Tensor | None = None):
         if num_timesteps < 1:
             raise ValueError(f"a diffusion needs at least 1 timestep, not {num_timesteps}")
         beta = torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64)  # DDPM section 4
-        if timesteps is not None:  # the beta that joins each of these times to the one before it (iDDPM section 4)
+        if timesteps is not None:  # the beta between each of these times and the one before it (iDDPM section 4)
             alpha_bar = torch.cumprod(1 - beta, dim=0)[timesteps]
             beta = 1 - alpha_bar / _shifted(alpha_bar)
         self.num_timesteps = num_timesteps
@@ -44,17 +42,17 @@ class GaussianDiffusion:
         self.alpha_bar = torch.cumprod(self.alpha, dim=0)
         self.alpha_bar_prev = _shifted(self.alpha_bar)
         self.beta_tilde = beta * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)  # DDPM eq. 7
-        # beta_tilde is 0 at t = 0; for its logarithm the next value stands in there, as in the papers' code.
-        stand_in = self.beta_tilde[1] if len(beta) > 1 else beta[0]
-        self.log_beta_tilde = torch.where(self.beta_tilde > 0, self.beta_tilde, stand_in).log()
+        # beta_tilde is 0 at t = 0, so its logarithm uses the next value there, as the papers' code does.
+        next_value = self.beta_tilde[1] if len(beta) > 1 else beta[0]
+        self.log_beta_tilde = torch.where(self.beta_tilde > 0, self.beta_tilde, next_value).log()
 
     def __len__(self) -> int:
         return len(self.beta)
 
     def respaced(self, steps: int) -> "GaussianDiffusion":
-        """The same process seen at `steps` evenly spaced times, the last of the chain among them.
+        """The same process at `steps` evenly spaced times, always including T-1, where sampling starts from pure noise.
 
-        The last one and not the first, for sampling starts from pure noise. ValueError unless 1 <= steps <= T.
+        ValueError unless 1 <= steps <= T.
         """
         if not 1 <= steps <= len(self):
             raise ValueError(f"the number of sampling steps must lie in [1, {len(self)}], not {steps}")
@@ -63,36 +61,35 @@ class GaussianDiffusion:
 
     # Forward process
 
-    def q_sample(self, x_0: Tensor, t: Time, eps: Tensor) -> Tensor:
+    def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM eq. 4). x_0, eps: (N, C, H, W); t: (N,)."""
         return _at(self.alpha_bar.sqrt(), t, x_0) * x_0 + _at((1 - self.alpha_bar).sqrt(), t, x_0) * eps
 
-    def predict_x_0(self, x_t: Tensor, t: Time, eps: Tensor, clip: bool = False) -> Tensor:
-        """x_0 from x_t and eps: eq. 4 solved for x_0 (DDPM eq. 15); with clip, the nearest that an image can be.
+    def predict_x_0(self, x_t: Tensor, t: Tensor, eps: Tensor, clip: bool = False) -> Tensor:
+        """x_0 from x_t and eps: eq. 4 solved for x_0 (DDPM eq. 15). clip: into [-1, 1], the range of images.
 
-        Images lie in [-1, 1]. x_t has no such range: clipping it would cut off the tails of the noise.
+        x_t itself has no such range: clipping it would cut off the tails of the noise.
         """
         x_0 = (x_t - _at((1 - self.alpha_bar).sqrt(), t, x_t) * eps) / _at(self.alpha_bar.sqrt(), t, x_t)
         return x_0.clamp(-1, 1) if clip else x_0
 
-    def predict_eps(self, x_t: Tensor, t: Time, x_0: Tensor) -> Tensor:
+    def predict_eps(self, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
         """eps from x_t and x_0: eq. 4 solved for eps."""
         return (x_t - _at(self.alpha_bar.sqrt(), t, x_t) * x_0) / _at((1 - self.alpha_bar).sqrt(), t, x_t)
 
-    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Time) -> tuple[Tensor, Tensor | float]:
+    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (N, C, H, W) and variance (N, 1, 1, 1) of q(x_t-1 | x_t, x_0) (DDPM eq. 6 and 7)."""
         x_0_weight = self.alpha_bar_prev.sqrt() * self.beta / (1 - self.alpha_bar)
         x_t_weight = self.alpha.sqrt() * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
         mean = _at(x_0_weight, t, x_t) * x_0 + _at(x_t_weight, t, x_t) * x_t
         return mean, _at(self.beta_tilde, t, x_t)
 
-    # What the network says of x_t-1
+    # The network's p(x_t-1 | x_t)
 
-    def log_variance(self, x_t: Tensor, t: Time, v: Tensor | None = None) -> Tensor | float:
-        """log Sigma(x_t, t): log beta_tilde, or with v between it and log beta (iDDPM eq. 15).
+    def log_variance(self, x_t: Tensor, t: Tensor, v: Tensor | None = None) -> Tensor:
+        """log Sigma(x_t, t): log beta_tilde, or with v the interpolation between it and log beta (iDDPM eq. 15).
 
-        As in the papers' code, v = -1 stands for beta_tilde and v = 1 for beta, where eq. 15 has 0 and 1: a network that
-        predicts 0 is in the middle. Nothing keeps v between them.
+        As in the papers' code, v = -1 means beta_tilde and v = 1 means beta, where eq. 15 has 0 and 1. v is not clipped.
         """
         low = _at(self.log_beta_tilde, t, x_t)
         if v is None:
@@ -100,10 +97,10 @@ class GaussianDiffusion:
         share = (v + 1) / 2
         return share * _at(self.beta.log(), t, x_t) + (1 - share) * low
 
-    def p_mean_log_variance(self, x_t: Tensor, t: Time, out: Tensor, clip: bool) -> tuple[Tensor, Tensor | float]:
+    def p_mean_log_variance(self, x_t: Tensor, t: Tensor, out: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
         """Mean and log variance of p(x_t-1 | x_t). out: eps_hat, (N, C, H, W), or eps_hat and v, (N, 2C, H, W).
 
-        The mean is eq. 6 at the predicted x_0, which equals eq. 11 but lets x_0 be clipped.
+        The mean is eq. 7 at the predicted x_0. This equals eq. 11, but allows x_0 to be clipped.
         """
         eps_hat, v = split(out, x_t)
         x_0_hat = self.predict_x_0(x_t, t, eps_hat, clip)
@@ -117,50 +114,48 @@ class GaussianDiffusion:
         return t, torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
 
     def loss(self, model: Model, x_0: Tensor, y: Tensor, t: Tensor, eps: Tensor,
-             kind: Literal["l1", "mse"] = "l1", min_snr: float = 0.0, target: Tensor | None = None) -> Tensor:
-        """Mean distance between eps and its prediction (DDPM Algorithm 1, line 5; eq. 14 for "mse"). A scalar.
+             kind: Literal["l1", "mse"] = "l1", min_snr: float = 0.0) -> Tensor:
+        """Mean of |eps - eps_hat|^2 for "mse", L_simple (DDPM eq. 14; Algorithm 1, line 5), or |eps - eps_hat| for "l1".
 
-        Of the whole chain, not of a respaced one. x_0: (N, C, H, W) in [-1, 1]; y, t: (N,); eps: (N, C, H, W). min_snr,
-        if it is not 0, is the gamma of min-SNR weights (Hang et al. 2023): an image counts min(SNR_t, gamma) / SNR_t, so
-        that the fine grain, learned at small t, does not outweigh the shape of the image, learned at larger t. target:
-        what to predict in the place of eps.
+        Of the full chain, not of a respaced one. x_0: (N, C, H, W) in [-1, 1]; y, t: (N,); eps: (N, C, H, W). A scalar.
+        min_snr: gamma of the min-SNR weights min(SNR_t, gamma) / SNR_t (Hang et al. 2023); 0 turns them off. They keep
+        small t, which teaches fine grain, from outweighing larger t, which teaches shape.
         """
         distance = {"l1": F.l1_loss, "mse": F.mse_loss}[kind]
         x_t = self.q_sample(x_0, t, eps)
-        out = model(x_t, t, y)
-        eps_hat, v = split(out, x_t)
-        each = distance(eps_hat, eps if target is None else target, reduction="none")
+        eps_hat, v = split(model(x_t, t, y), x_t)
+        error = distance(eps_hat, eps, reduction="none")  # of DDPM eq. 14
         if min_snr:
             snr = self.alpha_bar / (1 - self.alpha_bar)
-            each = _at(snr.clamp(max=min_snr) / snr, t, x_0) * each
+            error = _at(snr.clamp(max=min_snr) / snr, t, x_0) * error
         if v is None:
-            return each.mean()
-        # L_simple + 0.001 L_vlb (iDDPM eq. 16): one term of the T in L_vlb, so T times 0.001; the mean is left to L_simple
-        term = bound_term(self, torch.cat([eps_hat.detach(), v], dim=1), x_0, x_t, t, clip=False)
-        return each.mean() + 0.001 * len(self) * term.mean()
+            return error.mean()
+        # L_simple + 0.001 L_vlb (iDDPM eq. 16). L_vlb is a sum of T terms, estimated here from one of them: hence the factor
+        # len(self). It trains only v: eps_hat is detached.
+        term = self.vlb_term(torch.cat([eps_hat.detach(), v], dim=1), x_0, x_t, t, clip=False)
+        return error.mean() + 0.001 * len(self) * term.mean()
 
-    @torch.no_grad()
-    def guided_target(self, model: Model, x_0: Tensor, y: Tensor, t: Tensor, eps: Tensor, guidance: float,
-                      null_class: int) -> Tensor:
-        """What to predict in the place of eps, so that sampling needs no guidance (model-guidance, Tang et al. 2025).
+    def vlb_term(self, out: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, clip: bool) -> Tensor:
+        """One term of the NLL bound, KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)); at t = 0, -log p(x_0 | x_1) (DDPM eq. 5).
 
-        eps + w (eps(y) - eps(null)) with w = 1 - 1 / guidance, both from the averaged `model`; for a dropped label, eps.
-        The network settles where its own eps(y) is the mean of that: (1 - w) eps(y) + w eps(null) is then the mean of eps
-        that a network trained on eps predicts, so that eps(y) is what `guided` makes of such a network.
+        out: the model's output for x_t, (N, C, H, W) or (N, 2C, H, W); t: (N,). Returns (N,), in bits/dim.
         """
-        x_t = self.q_sample(x_0, t, eps)
-        eps_y, eps_null = (split(out, x_t)[0] for out in both(model, x_t, t, y, null_class))
-        return eps + (1 - 1 / guidance) * (eps_y - eps_null)
+        mean, log_variance = self.p_mean_log_variance(x_t, t, out, clip)
+        true_mean, _ = self.q_posterior(x_0, x_t, t)
+        nats = torch.where(t.reshape(-1, 1, 1, 1) > 0,
+                           gaussian_kl(true_mean, self.log_variance(x_t, t), mean, log_variance),
+                           -discretized_log_likelihood(x_0, mean, log_variance))
+        return nats.flatten(1).mean(dim=1) / math.log(2)
 
     # Reverse process
 
-    def ddpm_step(self, x_t: Tensor, t: Time, out: Tensor, z: Tensor, clip: bool = True) -> Tensor:
-        """x_t-1 ~ p(x_t-1 | x_t) (DDPM Algorithm 2, line 4). out: the network's; z ~ N(0, I), not used at t = 0."""
+    def ddpm_step(self, x_t: Tensor, t: Tensor, out: Tensor, z: Tensor, clip: bool = True) -> Tensor:
+        """x_t-1 ~ p(x_t-1 | x_t) (DDPM Algorithm 2, line 4). out: the model's output; z ~ N(0, I), not used at t = 0."""
         mean, log_variance = self.p_mean_log_variance(x_t, t, out, clip)
-        noisy = _at((self.beta_tilde > 0).double(), t, x_t)  # 0 for the step to x_0, else 1
-        return mean + noisy * math.e ** (log_variance / 2) * z  # exp of a tensor, or of a float
+        noisy = (t > 0).reshape(-1, 1, 1, 1)
+        return mean + noisy * (log_variance / 2).exp() * z
 
-    def ddim_step(self, x_t: Tensor, t: Time, out: Tensor, z: Tensor, clip: bool = True, eta: float = 0.0) -> Tensor:
+    def ddim_step(self, x_t: Tensor, t: Tensor, out: Tensor, z: Tensor, clip: bool = True, eta: float = 0.0) -> Tensor:
         """x_t-1 from x_t (DDIM eq. 12, whose alpha is DDPM's alpha_bar); z ~ N(0, I). out: as in `ddpm_step`.
 
         eta = 0 is deterministic, eta = 1 has DDPM's variance beta_tilde. A predicted variance is not used.
@@ -170,17 +165,17 @@ class GaussianDiffusion:
         if clip:
             eps_hat = self.predict_eps(x_t, t, x_0_hat)  # so that x_0_hat and eps_hat still make up x_t
         variance = eta**2 * self.beta_tilde  # DDIM eq. 16
-        direction = (1 - self.alpha_bar_prev - variance).sqrt()  # both terms are 0 at t = 0: the last step gives x_0_hat
+        direction = (1 - self.alpha_bar_prev - variance).sqrt()  # 0 at t = 0, as is the variance: the last step is x_0_hat
         return (_at(self.alpha_bar_prev.sqrt(), t, x_t) * x_0_hat
                 + _at(direction, t, x_t) * eps_hat + _at(variance.sqrt(), t, x_t) * z)
 
     def ddpm_sample(self, model: Model, shape: tuple[int, ...], y: Tensor, *, steps: int | None = None,
                     generator: torch.Generator | None = None, x_T: Tensor | None = None, clip: bool = True,
                     on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
-        """Ancestral sampling, x_T ~ N(0, I) down to x_0 (DDPM Algorithm 2), in all T steps or in `steps` respaced ones.
+        """Ancestral sampling, x_T ~ N(0, I) down to x_0 (DDPM Algorithm 2), in `steps` respaced steps; default: all T.
 
-        shape: (N, C, H, W); y: (N,) labels, whose device is used; x_T: the starting noise, if it is given.
-        on_step(t, x_t) is shown every image on the way, from x_T with t = T to the result with t = 0 (the paper's t).
+        shape: (N, C, H, W); y: (N,) labels, whose device is used; x_T: the starting noise instead of a random one.
+        on_step(t, x_t) is called with every image on the way, from x_T with t = T to the result with t = 0 (the papers' t).
         Returns (N, C, H, W).
         """
         chain = self.respaced(len(self) if steps is None else steps)
@@ -198,13 +193,13 @@ class GaussianDiffusion:
     @torch.no_grad()
     def _sample(self, step, model, shape, y, generator, x_T, on_step, **step_settings) -> Tensor:
         x_t = torch.randn(shape, generator=generator, device=y.device) if x_T is None else x_T
-        for i in reversed(range(len(self))):  # i counts the times of this chain; the network knows those of the whole one
+        for i in reversed(range(len(self))):
             time = int(self.timesteps[i])
             if on_step:
                 on_step(time + 1, x_t)
             out = model(x_t, torch.full_like(y, time), y)
             z = torch.randn(shape, generator=generator, device=y.device, dtype=x_t.dtype)
-            x_t = step(x_t, i, out, z, **step_settings)
+            x_t = step(x_t, torch.full_like(y, i), out, z, **step_settings)
         if on_step:
             on_step(0, x_t)
         return x_t
@@ -217,21 +212,17 @@ def guided(model: Model, guidance: float, null_class: int) -> Model:
     predicted variance stays that of the conditional model, as in the paper's code.
     """
     if guidance == 1:
-        return model  # the two cases that need one evaluation a step, not two
+        return model  # the two cases that need one evaluation per step, not two
     if guidance == 0:
         return lambda x_t, t, y: model(x_t, t, torch.full_like(y, null_class))
 
     def conditional_and_null(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        (eps_y, v), (eps_null, _) = (split(out, x_t) for out in both(model, x_t, t, y, null_class))
+        out = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null_class)]))
+        (eps_y, v), (eps_null, _) = (split(half, x_t) for half in out.chunk(2))
         eps_hat = eps_null + guidance * (eps_y - eps_null)
         return eps_hat if v is None else torch.cat([eps_hat, v], dim=1)
 
     return conditional_and_null
-
-
-def both(model: Model, x_t: Tensor, t: Tensor, y: Tensor, null_class: int) -> tuple[Tensor, ...]:
-    """The network's outputs for y and for the null class, from one call."""
-    return model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null_class)])).chunk(2)
 
 
 def split(out: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -240,13 +231,38 @@ def split(out: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
     return out[:, :C], out[:, C:] if out.shape[1] == 2 * C else None
 
 
+# Terms of the NLL bound
+
+def gaussian_kl(mean: Tensor, log_variance: Tensor, mean_2: Tensor, log_variance_2: Tensor) -> Tensor:
+    """KL(N(mean, variance) || N(mean_2, variance_2)) in nats, elementwise."""
+    difference = log_variance_2 - log_variance
+    return 0.5 * (difference - 1 + (-difference).exp() + (mean - mean_2) ** 2 * (-log_variance_2).exp())
+
+
+def discretized_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """log probability of the gray level of x_0, one of 256 in [-1, 1], under N(mean, variance) (DDPM eq. 13).
+
+    The first and last levels include the tails, so the 256 probabilities sum to 1. In nats, elementwise.
+    """
+    inverse_std = torch.exp(-0.5 * log_variance)
+
+    def below(difference: Tensor) -> Tensor:
+        """P(x < mean + difference). Accurate for small probabilities in float32, unlike torch.special.ndtr."""
+        return 0.5 * torch.special.erfc(-difference * inverse_std / math.sqrt(2))
+
+    difference, half = x_0 - mean, 1 / 255
+    # By symmetry, computed in the lower tail, where a small probability is a difference of small numbers.
+    inside = below(half - difference.abs()) - below(-half - difference.abs())
+    probability = torch.where(x_0 < -0.999, below(difference + half),
+                              torch.where(x_0 > 0.999, below(half - difference), inside))
+    return probability.clamp(min=1e-12).log()
+
+
 def _shifted(alpha_bar: Tensor) -> Tensor:
-    """alpha_bar of the time before each; before the first there is x_0, which has no noise."""
+    """alpha_bar of the time before each one; before the first comes x_0, which has no noise: alpha_bar = 1."""
     return torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
 
 
-def _at(values: Tensor, t: Time, images: Tensor) -> Tensor | float:
-    """values[t] for each image, (N, 1, 1, 1), in the images' dtype and on their device; a float for one t."""
-    if isinstance(t, int):
-        return values[t].item()
-    return values.to(images.dtype).to(images.device)[t].reshape(-1, 1, 1, 1)  # cast first: Apple's GPUs lack float64
+def _at(values: Tensor, t: Tensor, images: Tensor) -> Tensor:
+    """values[t] as (N, 1, 1, 1), in the images' dtype and on their device."""
+    return values.to(images)[t].reshape(-1, 1, 1, 1)

@@ -1,14 +1,17 @@
 """Every formula against an independent derivation, both samplers against diffusers and against a known distribution."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
-from diffusion import GaussianDiffusion, guided
+from diffusion import GaussianDiffusion, discretized_log_likelihood, gaussian_kl, guided
+from dit import DiT
 
 D = GaussianDiffusion(1000)
 
@@ -120,22 +123,19 @@ def test_min_snr_weights(kind):
     assert loss(1e9) == pytest.approx(loss(0))
 
 
-@pytest.mark.parametrize("t", [0, 1, 500, 999])
-def test_one_time_for_all_images_is_as_good_as_a_time_for_each(t):
-    x_0, x_t, eps, z = (images(seed=seed) for seed in range(4))
-    times = torch.full((len(x_0),), t)
-    for call in (lambda t: D.q_sample(x_0, t, eps), lambda t: D.predict_x_0(x_t, t, eps),
-                 lambda t: D.predict_eps(x_t, t, x_0), lambda t: D.q_posterior(x_0, x_t, t)[0],
-                 lambda t: D.ddpm_step(x_t, t, eps, z), lambda t: D.ddim_step(x_t, t, eps, z, eta=0.5)):
-        assert torch.allclose(call(t), call(times), rtol=1e-5, atol=1e-6)
-
-
 def test_every_t_is_drawn_with_standard_normal_noise():
     x_0 = torch.zeros(20_000, 1, 2, 2)
     t, eps = D.draw_t_and_eps(x_0, torch.Generator().manual_seed(0))
     assert set(t.tolist()) == set(range(1000))
     assert eps.shape == x_0.shape and eps.mean().abs() < 0.02 and eps.std().item() == pytest.approx(1, abs=0.02)
-    assert torch.equal(D.draw_t_and_eps(x_0, torch.Generator().manual_seed(0))[1], eps)
+
+
+def test_t_and_eps_depend_on_the_generator_alone():
+    x_0 = torch.zeros(3, 1, 2, 2)
+    first = D.draw_t_and_eps(x_0, torch.Generator().manual_seed(0))
+    torch.rand(1)  # what else draws numbers does not matter
+    second = D.draw_t_and_eps(x_0, torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 # Against diffusers, step by step with the same noise
@@ -156,8 +156,6 @@ def test_ddpm_against_diffusers(steps):
         x_t, eps_hat = noise_for((3, 1, 4, 4), 2 * i), 0.7 * noise_for((3, 1, 4, 4), 2 * i + 1)
         theirs = reference.step(eps_hat, int(t), x_t, generator=torch.Generator().manual_seed(i)).prev_sample
         ours = chain.ddpm_step(x_t, torch.full((3,), i), eps_hat, noise_for(x_t.shape, i))
-        if i == 0:  # their variance is clipped to 1e-20, but no noise is added at the last step either
-            assert torch.equal(ours, chain.ddpm_step(x_t, torch.full((3,), i), eps_hat, torch.zeros_like(x_t)))
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
 
 
@@ -271,38 +269,7 @@ def test_guidance_leaves_a_predicted_variance_alone():
     assert v[:, 0, 0, 0].tolist() == [0, 10, 20]
 
 
-@pytest.mark.parametrize("guidance", [1.0, 1.4, 3.0])
-def test_a_network_that_learned_its_guided_target_needs_no_guidance(guidance):
-    """The mean of eps is known for each label: what the target converges to must be what `guided` makes of that mean."""
-    true = torch.tensor([0.3, -1.2, 0.7, 0.1])[:, None, None, None].expand(4, 1, 2, 2)  # three labels and the null class
-    x_0, y, t = torch.randn(4, 1, 2, 2), torch.arange(4), torch.tensor([0, 10, 500, 999])
-    learned = true
-    for _ in range(200):
-        learned = D.guided_target(lambda x_t, t, y, now=learned: now[y], x_0, y, t, true, guidance, null_class=3)
-    expected = guided(lambda x_t, t, y: true[y], guidance, null_class=3)(x_0, t, y)
-    torch.testing.assert_close(learned, expected)
-    assert torch.equal(learned[3], true[3])  # the null class has nothing to be guided by
-
-
-def test_guided_target_shows_the_network_x_t_and_leaves_a_variance_out(open_network):
-    x_0, eps = torch.randn(2, 3, 2, 12, 12)
-    t, y, seen = torch.tensor([1, 500, 999]), torch.tensor([0, 5, 2]), []
-
-    def with_variance(x_t, t, y):
-        seen.append(x_t)
-        return torch.cat([open_network(x_t, t, y), torch.full_like(x_t, 1e6)], dim=1)
-
-    target = D.guided_target(with_variance, x_0, y, t, eps, 2.0, null_class=5)
-    x_t = D.q_sample(x_0, t, eps)
-    torch.testing.assert_close(seen[0], torch.cat([x_t, x_t]))
-    expected = eps + 0.5 * (open_network(x_t, t, y) - open_network(x_t, t, torch.full_like(y, 5)))
-    torch.testing.assert_close(target, expected)
-    assert not target.requires_grad and torch.equal(target[1], eps[1])
-    loss = D.loss(open_network, x_0, y, t, eps, "mse", target=target)
-    assert loss.item() == pytest.approx(((open_network(x_t, t, y) - target) ** 2).mean().item(), rel=1e-5)
-
-
-# What a sampler hands out
+# What a sampler returns
 
 @pytest.mark.parametrize("name", ["ddpm_sample", "ddim_sample"])
 def test_the_same_seed_gives_the_same_images_bit_for_bit(name, open_network):
@@ -351,3 +318,128 @@ def test_settings_out_of_range_are_refused():
             D.ddim_sample(gaussian_model(0, 0.5), (2, 1, 4, 4), y, steps=50, eta=eta)
     with pytest.raises(ValueError, match="at least 1"):
         GaussianDiffusion(0)
+
+
+# Learned variance and the NLL bound
+
+def test_kl_of_gaussians():
+    mean, log_variance, mean_2, log_variance_2 = images(400).reshape(4, -1)
+    expected = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(mean_2, (log_variance_2 / 2).exp()))
+    torch.testing.assert_close(gaussian_kl(mean, log_variance, mean_2, log_variance_2), expected)
+
+
+@pytest.mark.parametrize("std", [0.001, 0.01, 0.1, 1.0, 5.0])
+@pytest.mark.parametrize("mean", [-1.2, -1.0, 0.1, 0.9])
+def test_likelihoods_of_the_256_gray_levels_sum_to_one(mean, std):
+    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    log_variance = torch.full_like(levels, 2 * math.log(std))
+    likelihoods = discretized_log_likelihood(levels, torch.full_like(levels, mean), log_variance).exp()
+    assert likelihoods.sum().item() == pytest.approx(1, abs=1e-8)
+    if std <= 0.01:  # wider ones leave more to the tails of the outermost levels than to any other
+        assert abs(levels[likelihoods.argmax()] - max(mean, -1)) <= 1 / 255
+
+
+def test_small_likelihoods_are_as_good_in_float32_on_both_sides():
+    mean, level = torch.tensor([-0.5, 0.5, 1 - 0.3, 0.3 - 1, 0.2]), torch.tensor([0.0, 0.0, 1.0, -1.0, 0.2])
+    log_variance = torch.full_like(mean, 2 * math.log(0.08))  # 0 is six standard deviations away
+    found = discretized_log_likelihood(level, mean, log_variance)
+    expected = discretized_log_likelihood(level.double(), mean.double(), log_variance.double())
+    torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-3)
+    assert -25 < found[0] < -15 and found[0].item() == pytest.approx(found[1].item(), rel=1e-4)
+
+
+def test_learned_variance_lies_between_beta_tilde_and_beta():
+    x_t = images()
+    for v, expected in ((-1.0, D.log_beta_tilde), (1.0, D.beta.log()), (0.0, (D.log_beta_tilde + D.beta.log()) / 2)):
+        found = D.log_variance(x_t, TIMES, torch.full_like(x_t, v))
+        torch.testing.assert_close(found, expected[TIMES].reshape(-1, 1, 1, 1).expand_as(x_t))
+    assert torch.equal(D.log_beta_tilde[1:], D.beta_tilde[1:].log()) and D.log_beta_tilde[0] == D.log_beta_tilde[1]
+    assert GaussianDiffusion(1).log_beta_tilde.item() == pytest.approx(math.log(1e-4))
+
+
+@pytest.mark.parametrize("t", [1, 2, 500, 999])
+def test_sampling_step_with_learned_variance_against_diffusers(t, monkeypatch):
+    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, variance_type="learned_range", clip_sample=True)
+    x_t, eps_hat, v, z = images(12).float().split(3)
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *args, **settings: z)
+    theirs = scheduler.step(torch.cat([eps_hat, v], dim=1), t, x_t).prev_sample
+    ours = D.ddpm_step(x_t, torch.full((3,), t), torch.cat([eps_hat, v], dim=1), z)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-4)
+
+
+def test_only_the_last_step_adds_no_noise():
+    x_t, z, out = images(seed=1), images(seed=2), torch.cat([images(seed=3), images(seed=4)], dim=1)
+    equal = D.ddpm_step(x_t, TIMES, out, z) == D.ddpm_step(x_t, TIMES, out, -z)
+    assert equal[TIMES == 0].all() and not equal[TIMES > 0].any()
+
+
+def test_ddim_does_not_use_the_predicted_variance():
+    x_t, eps_hat, v, z = (images(seed=seed) for seed in range(4))
+    assert torch.equal(D.ddim_step(x_t, TIMES, torch.cat([eps_hat, v], dim=1), z, eta=1.0),
+                       D.ddim_step(x_t, TIMES, eps_hat, z, eta=1.0))
+
+
+def test_bound_terms_against_torch_distributions():
+    x_0, eps = images(seed=0).clamp(-1, 1), images(seed=1)
+    x_t = D.q_sample(x_0, TIMES, eps)
+    eps_hat, v = eps + 0.1 * images(seed=2), images(seed=3).tanh()
+    found = D.vlb_term(torch.cat([eps_hat, v], dim=1), x_0, x_t, TIMES, clip=False)
+    for i, t in enumerate(TIMES.tolist()):
+        share = (v[i] + 1) / 2
+        std = torch.exp(0.5 * (share * D.beta[t].log() + (1 - share) * D.log_beta_tilde[t]))
+        mean = (x_t[i] - D.beta[t] / (1 - D.alpha_bar[t]).sqrt() * eps_hat[i]) / D.alpha[t].sqrt()  # DDPM eq. 11
+        if t == 0:
+            upper, lower = (Normal(mean, std).cdf(x_0[i] + side / 255) for side in (1, -1))
+            upper[x_0[i] > 0.999], lower[x_0[i] < -0.999] = 1, 0
+            nats = -(upper - lower).clamp(min=1e-12).log()
+        else:
+            true_mean = (x_t[i] - D.beta[t] / (1 - D.alpha_bar[t]).sqrt() * eps[i]) / D.alpha[t].sqrt()
+            nats = kl_divergence(Normal(true_mean, D.beta_tilde[t].sqrt()), Normal(mean, std))
+        assert found[i].item() == pytest.approx(nats.mean().item() / math.log(2), rel=1e-6)
+
+
+def test_the_mean_is_trained_by_l_simple_alone():
+    x_0, eps, y = images(seed=0), images(seed=1), torch.zeros(6).long()
+    eps_hat, v = images(seed=2).requires_grad_(), images(seed=3).tanh().requires_grad_()
+    out = torch.cat([eps_hat, v], dim=1)
+    both = D.loss(lambda x_t, t, y: out, x_0, y, TIMES, eps, "mse")
+    both.backward()
+    torch.testing.assert_close(eps_hat.grad, 2 * (eps_hat - eps).detach() / eps.numel())
+    assert (v.grad != 0).all()
+    plain = D.loss(lambda x_t, t, y: eps_hat, x_0, y, TIMES, eps, "mse")
+    term = D.vlb_term(out, x_0, D.q_sample(x_0, TIMES, eps), TIMES, clip=False).mean()  # 0.001 T = 1
+    assert both.item() == pytest.approx(plain.item() + term.item())
+
+
+def test_bound_of_a_known_distribution():
+    """Data N(0, s^2), rounded to the gray levels; with the exact mean and variance of x_t-1 the bound is their entropy."""
+    s, N, generator = 0.3, 4000, torch.Generator().manual_seed(0)
+    levels = (s * torch.randn(N, 1, 1, 1, generator=generator)).clamp(-1, 1)
+    x_0 = (((levels + 1) * 127.5).round() / 127.5 - 1).float()
+
+    def exact(x_t, t):
+        alpha_bar = D.alpha_bar[t].reshape(-1, 1, 1, 1)
+        eps = (1 - alpha_bar).sqrt() * x_t / (alpha_bar * s**2 + 1 - alpha_bar)
+        of_x_0 = s**2 * (1 - alpha_bar) / (alpha_bar * s**2 + 1 - alpha_bar)  # Var(x_0 | x_t)
+        weight = (D.alpha_bar_prev.sqrt() * D.beta / (1 - D.alpha_bar))[t].reshape(-1, 1, 1, 1)  # eq. 6
+        log_variance = (D.beta_tilde[t].reshape(-1, 1, 1, 1) + weight**2 * of_x_0).log()
+        low, high = (values[t].reshape(-1, 1, 1, 1) for values in (D.log_beta_tilde, D.beta.log()))
+        return torch.cat([eps, (2 * (log_variance - low) / (high - low) - 1).expand_as(eps)], dim=1).float()
+
+    found = 0.0  # without the prior's KL: less than 1e-5, as alpha_bar_T is 4e-5
+    for t in torch.arange(1000):
+        x_t = D.q_sample(x_0, t, torch.randn(x_0.shape, generator=generator))
+        found += D.vlb_term(exact(x_t, t), x_0, x_t, t.expand(N), clip=True).mean().item()
+    entropy = 0.5 * math.log2(2 * math.pi * math.e * s**2) - math.log2(2 / 255)
+    assert found == pytest.approx(entropy, abs=0.05)
+
+
+def test_a_network_with_learned_variance_trains_and_samples(small_config):
+    model, y = DiT(replace(small_config, learn_sigma=True)), torch.tensor([0, 1, 5])
+    x_0 = torch.rand(3, 2, 12, 12) * 2 - 1
+    D.loss(model, x_0, y, *D.draw_t_and_eps(x_0)).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert (model.final_layer.linear.bias.grad != 0).all()  # of eps_hat and of v
+    for sample in (D.ddpm_sample, D.ddim_sample):
+        out = sample(guided(model, 1.5, 5), x_0.shape, y, steps=4)
+        assert out.shape == x_0.shape and out.isfinite().all()
