@@ -135,7 +135,7 @@ class GaussianDiffusion:
         term = self.vlb_term(torch.cat([eps_hat.detach(), v], dim=1), x_0, x_t, t, clip=False)
         return error.mean() + 0.001 * len(self) * term.mean()
 
-    def vlb_term(self, out: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, clip: bool) -> Tensor:
+    def vlb_term(self, out: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, clip: bool = True) -> Tensor:
         """One term of the NLL bound, KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)); at t = 0, -log p(x_0 | x_1) (DDPM eq. 5).
 
         out: the model's output for x_t, (N, C, H, W) or (N, 2C, H, W); t: (N,). Returns (N,), in bits/dim.
