@@ -9,25 +9,20 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import PAPER, ModelConfig
+from config import BLOCKS, FAMILY, PAPER, ModelConfig
 from dit import DiT, PatchEmbed, patchify, position_table, unpatchify
 
-MNIST_TABLE = {
-    "pos_embed": (1, 49, 64),
-    "x_embedder.proj.weight": (64, 1, 4, 4), "x_embedder.proj.bias": (64,),
-    "t_embedder.mlp.0.weight": (64, 256), "t_embedder.mlp.0.bias": (64,),
-    "t_embedder.mlp.2.weight": (64, 64), "t_embedder.mlp.2.bias": (64,),
-    "y_embedder.embedding_table.weight": (11, 64),
-    **{f"blocks.{i}.{name}": shape for i in range(3) for name, shape in {
-        "attn.qkv.weight": (192, 64), "attn.qkv.bias": (192,),
-        "attn.proj.weight": (64, 64), "attn.proj.bias": (64,),
-        "mlp.fc1.weight": (256, 64), "mlp.fc1.bias": (256,),
-        "mlp.fc2.weight": (64, 256), "mlp.fc2.bias": (64,),
-        "adaLN_modulation.1.weight": (384, 64), "adaLN_modulation.1.bias": (384,),
-    }.items()},
-    "final_layer.linear.weight": (16, 64), "final_layer.linear.bias": (16,),
-    "final_layer.adaLN_modulation.1.weight": (128, 64), "final_layer.adaLN_modulation.1.bias": (128,),
-}
+
+def reference_table(D: int, depth: int, tokens: int, patch: int, channels: int, out_channels: int, classes: int) -> dict:
+    """Names and shapes in a checkpoint of the paper's release."""
+    linears = {"t_embedder.mlp.0": (D, 256), "t_embedder.mlp.2": (D, D), "final_layer.linear": (patch**2 * out_channels, D),
+               "final_layer.adaLN_modulation.1": (2 * D, D), "x_embedder.proj": (D, channels, patch, patch)}
+    for i in range(depth):
+        linears |= {f"blocks.{i}.attn.qkv": (3 * D, D), f"blocks.{i}.attn.proj": (D, D), f"blocks.{i}.mlp.fc1": (4 * D, D),
+                    f"blocks.{i}.mlp.fc2": (D, 4 * D), f"blocks.{i}.adaLN_modulation.1": (6 * D, D)}
+    return {"pos_embed": (1, tokens, D), "y_embedder.embedding_table.weight": (classes + 1, D),
+            **{f"{name}.weight": shape for name, shape in linears.items()},
+            **{f"{name}.bias": shape[:1] for name, shape in linears.items()}}
 
 
 def inputs(config: ModelConfig, N: int = 4):
@@ -38,17 +33,40 @@ def inputs(config: ModelConfig, N: int = 4):
     return x, t, y
 
 
+def random_values(model: DiT) -> DiT:
+    """Every parameter is random, so that gates, shifts and the final layer all count."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model
+
+
+def count_and_flops(config: ModelConfig) -> tuple[int, float]:
+    """Trainable parameters, and multiply-adds of the forward pass for one image."""
+    with torch.device("meta"):
+        model = DiT(config)
+        x_t, t, y = torch.empty(1, config.in_channels, *2 * [config.image_size]), torch.zeros(1), torch.zeros(1).long()
+        with FlopCounterMode(display=False) as counter:
+            model(x_t, t, y)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2
+
+
 # Names, shapes, counts
 
-def test_parameter_count():
-    assert sum(p.numel() for p in DiT(ModelConfig()).parameters()) == 255_824
+@pytest.mark.parametrize(("config", "sizes"), [
+    (ModelConfig(), (64, 3, 49, 4, 1, 1, 10)), (PAPER["DiT-XL/2"], (1152, 28, 256, 2, 4, 8, 1000))], ids=["MNIST", "XL/2"])
+def test_a_checkpoint_of_the_papers_release_loads(config, sizes):
+    with torch.device("meta"):
+        model = DiT(config)
+        checkpoint = {name: torch.empty(shape) for name, shape in reference_table(*sizes).items()}
+    model.load_state_dict(checkpoint, strict=True)
+    assert [name for name, _ in model.named_buffers()] == ["pos_embed"]
 
 
-def test_names_and_shapes_are_the_reference_implementations():
+def test_the_default_networks_size():
     model = DiT(ModelConfig())
-    assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == MNIST_TABLE
-    assert {name for name, _ in model.named_buffers()} == {"pos_embed"}
-    assert model.pos_embed.numel() == 3_136
+    assert (sum(p.numel() for p in model.parameters()), model.pos_embed.numel()) == (255_824, 3_136)
 
 
 PAPER_COUNTS = {
@@ -58,43 +76,30 @@ PAPER_COUNTS = {
 }
 
 
+GFLOPS = {"S/2": 6.06, "B/2": 23.01, "L/2": 80.71, "XL/2": 118.64}  # DiT Table 4: multiply-adds
+
+
 @pytest.mark.parametrize("name", PAPER_COUNTS)
-def test_the_papers_models_have_their_parameter_counts(name):
-    with torch.device("meta"):
-        model = DiT(PAPER[f"DiT-{name}"])
-    assert sum(p.numel() for p in model.parameters()) == PAPER_COUNTS[name]
-    assert len(PAPER) == len(PAPER_COUNTS)
+def test_the_papers_models_have_their_size_and_arithmetic(name):
+    parameters, flops = count_and_flops(PAPER[f"DiT-{name}"])
+    assert parameters == PAPER_COUNTS[name]
+    assert flops / 1e9 == pytest.approx(GFLOPS.get(name, flops / 1e9), rel=0.002)
 
 
-@pytest.mark.parametrize(("name", "gflops"), [("S/2", 6.06), ("B/2", 23.01), ("L/2", 80.71), ("XL/2", 118.64)])
-def test_the_papers_models_have_their_arithmetic(name, gflops):
-    """DiT Table 4, "Gflops": multiply-adds of the forward pass for one latent."""
-    with torch.device("meta"):
-        model = DiT(PAPER[f"DiT-{name}"])
-        batch = torch.empty(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter:
-            model(*batch)
-    assert counter.get_total_flops() / 2e9 == pytest.approx(gflops, rel=0.01)
+@pytest.mark.parametrize(("block", "gflops", "millions"), [
+    ("in-context", 119.37, 449), ("cross-attention", 137.62, 598), ("adaLN", 118.56, 600), ("adaLN-Zero", 118.64, 675)])
+def test_the_four_designs_have_the_papers_size_and_arithmetic(block, gflops, millions):
+    """DiT Table 4, XL/2."""
+    parameters, flops = count_and_flops(replace(PAPER["DiT-XL/2"], block=block))
+    assert (parameters / 1e6, flops / 1e9) == pytest.approx((millions, gflops), rel=0.001)
 
 
-def test_names_and_shapes_at_xl_2_are_those_of_the_papers_checkpoint():
-    D, table = 1152, {
-        "pos_embed": (1, 256, 1152), "x_embedder.proj.weight": (1152, 4, 2, 2), "x_embedder.proj.bias": (1152,),
-        "t_embedder.mlp.0.weight": (1152, 256), "t_embedder.mlp.0.bias": (1152,),
-        "t_embedder.mlp.2.weight": (1152, 1152), "t_embedder.mlp.2.bias": (1152,),
-        "y_embedder.embedding_table.weight": (1001, 1152),
-        "final_layer.linear.weight": (32, 1152), "final_layer.linear.bias": (32,),
-        "final_layer.adaLN_modulation.1.weight": (2304, 1152), "final_layer.adaLN_modulation.1.bias": (2304,),
-    }
-    for i in range(28):
-        for name, rows, columns in (("attn.qkv", 3 * D, D), ("attn.proj", D, D), ("mlp.fc1", 4 * D, D),
-                                    ("mlp.fc2", D, 4 * D), ("adaLN_modulation.1", 6 * D, D)):
-            table |= {f"blocks.{i}.{name}.weight": (rows, columns), f"blocks.{i}.{name}.bias": (rows,)}
-    with torch.device("meta"):
-        model = DiT(PAPER["DiT-XL/2"])
-        checkpoint = {name: torch.empty(shape) for name, shape in table.items()}
-    model.load_state_dict(checkpoint, strict=True, assign=True)
-    assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == table
+def test_the_family_spans_the_papers_range_and_holds_the_default_network():
+    flops = {name: count_and_flops(config)[1] for name, config in FAMILY.items()}
+    least, most = min(flops, key=flops.get), max(flops, key=flops.get)
+    assert (least, most, len(flops)) == ("S/7", "XL/2", 12)
+    assert (flops[least], flops[most]) == pytest.approx((0.72e6, 204e6), rel=0.002)
+    assert FAMILY["B/4"] == ModelConfig()
 
 
 # Sizes
@@ -103,11 +108,8 @@ def test_names_and_shapes_at_xl_2_are_those_of_the_papers_checkpoint():
     ({"patch_size": 5}, "patch_size 5 does not divide image_size 28"),
     ({"num_heads": 3}, "num_heads 3 does not divide hidden_size 64"),
     ({"hidden_size": 66, "num_heads": 2}, "hidden_size 66 is not a multiple of 4"),
-    ({"depth": 0}, r"depth must lie in \[1, 1000\], not 0"),
-    ({"patch_size": 0}, "patch_size must lie in"),
-    ({"class_dropout_prob": 1.5}, r"class_dropout_prob must lie in \[0, 1\]"),
-    ({"mlp_ratio": math.nan}, "mlp_ratio"),
-    ({"label_init_std": -1.0}, "label_init_std"),
+    ({"depth": 0}, "depth"), ({"patch_size": 0}, "patch_size"), ({"class_dropout_prob": 1.5}, "class_dropout_prob"),
+    ({"mlp_ratio": math.nan}, "mlp_ratio"), ({"label_init_std": -1.0}, "label_init_std"), ({"block": "adaln"}, "block"),
 ])
 def test_what_does_not_divide_is_refused_with_a_sentence(change, words):
     with pytest.raises(ValueError, match=words):
@@ -118,8 +120,9 @@ def test_what_does_not_divide_is_refused_with_a_sentence(change, words):
     {}, {"image_size": 32, "patch_size": 2, "in_channels": 3}, {"image_size": 9, "patch_size": 9, "num_classes": 1},
     {"image_size": 6, "patch_size": 1, "learn_sigma": True}, {"hidden_size": 12, "num_heads": 3, "mlp_ratio": 0.5},
 ])
-def test_any_size_that_divides_works(change):
-    config = ModelConfig(**change)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_any_size_that_divides_works(block, change):
+    config = ModelConfig(block=block, **change)
     x, t, y = inputs(config, 2)
     out = DiT(config)(x, t, y)
     assert out.shape == (2, config.in_channels * (2 if config.learn_sigma else 1), config.image_size, config.image_size)
@@ -127,18 +130,15 @@ def test_any_size_that_divides_works(change):
 
 # Initial values
 
-def test_a_fresh_network_returns_exactly_zero_for_any_t_and_y():
-    model = DiT(ModelConfig())
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_new_network_returns_exactly_zero_and_only_adaln_zero_blocks_are_the_identity(block):
+    model = DiT(ModelConfig(block=block))
     for t in (0, 1, 500, 999):
         x, _, y = inputs(model.config, 11)
         assert torch.equal(model(x, torch.full((11,), t), y), torch.zeros(11, 1, 28, 28))
-
-
-def test_a_fresh_block_is_exactly_the_identity():
-    model = DiT(ModelConfig())
-    x, c = torch.randn(2, 49, 64), torch.randn(2, 64)
-    for block in model.blocks:
-        assert torch.equal(block(x, c), x)
+    tokens, c = torch.randn(2, 49, 64), torch.randn(2, 64) if model.adaptive else torch.randn(2, 2, 64)
+    for layer in model.blocks:
+        assert torch.equal(layer(tokens, c), tokens) == (block == "adaLN-Zero")
 
 
 def test_after_one_step_the_network_is_not_zero_and_after_two_no_block_is_the_identity():
@@ -156,31 +156,25 @@ def test_after_one_step_the_network_is_not_zero_and_after_two_no_block_is_the_id
         assert all(torch.equal(block(tokens, c), tokens) == (step == 1) for block in model.blocks)
 
 
-def test_all_initial_values():
-    """Zeros are exact; a uniform fills its bound; a normal has its deviation."""
+@pytest.mark.parametrize("block", BLOCKS)
+def test_all_initial_values(block):
+    """Zeros and ones are exact; a uniform fills its bound; a normal has its deviation."""
     torch.manual_seed(0)
-    config = ModelConfig(label_init_std=0.02, time_init_std=0.02, num_classes=1000)  # the paper's; rows enough to measure
-    seen = set()
+    config = ModelConfig(block=block, label_init_std=0.5, time_init_std=0.02, num_classes=1000)  # enough rows to measure
+    zero = ("final_layer.linear", "final_layer.adaLN_modulation")
     for name, value in DiT(config).named_parameters():
-        seen.add(name)
-        if name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer"):
+        if name.endswith("bias") or name.startswith(zero) or (block == "adaLN-Zero" and "adaLN_modulation" in name):
             assert torch.equal(value, torch.zeros_like(value)), name
+        elif "norm" in name:
+            assert torch.equal(value, torch.ones_like(value)), name
         elif "embedding_table" in name or name.startswith("t_embedder"):
-            assert value.std().item() == pytest.approx(0.02, rel=0.05), name
-            assert value.abs().max() > 0.05, name  # no uniform has such tails
+            std = config.time_init_std if name.startswith("t_") else config.label_init_std
+            assert value.std().item() == pytest.approx(std, rel=0.05), name
+            assert value.abs().max() > 2.5 * std, name  # no uniform has such tails
         else:  # xavier-uniform; the patch convolution counts as a Linear with p * p * C inputs
             bound = math.sqrt(6 / (value.shape[0] + value[0].numel()))
             assert value.abs().max() <= bound and value.abs().max() > 0.99 * bound, name
             assert value.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05), name
-    assert seen == MNIST_TABLE.keys() - {"pos_embed"}
-
-
-def test_the_scales_of_the_initial_embeddings_are_the_configs():
-    torch.manual_seed(0)
-    model = DiT(replace(ModelConfig(), num_classes=1000))
-    assert model.y_embedder.embedding_table.weight.std().item() == pytest.approx(model.config.label_init_std, rel=0.05)
-    assert model.t_embedder.mlp[0].weight.std().item() == pytest.approx(model.config.time_init_std, rel=0.05)
-    assert model.t_embedder.mlp[2].weight.std().item() == pytest.approx(model.config.time_init_std, rel=0.05)
 
 
 # Patches and positions
@@ -231,11 +225,13 @@ def test_the_network_holds_that_table_and_does_not_train_it():
 
 # What the output depends on
 
-def test_label_and_time_change_the_output(open_network):
-    x, t, y = inputs(open_network.config)
-    out = open_network(x, t, y)
-    assert (open_network(x, t, (y + 1) % 5) - out).abs().amax(dim=(1, 2, 3)).min() > 1e-4
-    assert (open_network(x, (t + 1) % 1000, y) - out).abs().amax(dim=(1, 2, 3)).min() > 1e-5
+@pytest.mark.parametrize("block", BLOCKS)
+def test_label_and_time_change_the_output(block, small_config):
+    model = random_values(DiT(replace(small_config, block=block)))
+    x, t, y = inputs(model.config)
+    out = model(x, t, y)
+    assert (model(x, t, (y + 1) % 5) - out).abs().amax(dim=(1, 2, 3)).min() > 1e-4
+    assert (model(x, (t + 1) % 1000, y) - out).abs().amax(dim=(1, 2, 3)).min() > 1e-5
 
 
 def test_permuting_the_batch_permutes_the_output(open_network):
@@ -262,6 +258,14 @@ def test_labels_are_dropped_with_the_configs_probability(open_network):
     assert (kept == 5).float().mean().item() == pytest.approx(open_network.config.class_dropout_prob, abs=0.01)
     embedder.dropout_prob = 0.0
     assert torch.equal(embedder.drop(y), y)
+
+
+def test_dropped_labels_come_from_the_generator_alone(open_network):
+    y = torch.arange(1000) % 5
+    before = torch.get_rng_state()
+    drawn = [open_network.y_embedder.drop(y, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_null_class_has_the_row_after_the_last_label(open_network):
