@@ -1,18 +1,17 @@
 """MNIST as a tensor of images and one of labels, on the device: 47 MB need no loader processes."""
 
-import struct
-import zlib
+import gzip
+import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.datasets import KMNIST, MNIST, FashionMNIST
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets import MNIST
 
-KINDS = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}
+OWN = Path(__file__).resolve().parent / "mnist"  # the archives that this project's repository holds
 
 
 class DataError(Exception):
@@ -41,44 +40,40 @@ class Digits:
 
 
 def load_mnist(train: bool, data_dir: str | Path = "mnist", device: str | torch.device = "cpu", limit: int = 0,
-               dataset: str = "mnist", image_size: int = 28) -> Digits:
+               image_size: int = 28) -> Digits:
     """The 60,000 training or 10,000 test images, or the first `limit` of them, padded with black to image_size.
 
-    dataset: "mnist", whose archives lie in data_dir/MNIST/raw/ and are unpacked there at the first use, without a network;
-    "fashion-mnist" or "kmnist", which torchvision downloads. DataError if a file is missing or damaged.
+    They are read from the canonical archives in data_dir/MNIST/raw/; nothing is written. DataError if one is unfit.
     """
-    if dataset not in KINDS:
-        raise DataError(f"there is no data set {dataset!r}; it must be one of {', '.join(KINDS)}")
-    kind = KINDS[dataset]
-    raw = Path(data_dir) / kind.__name__ / "raw"
-    for name, md5 in kind.resources:
-        if kind is MNIST or (raw / name).exists():
-            _check(raw / name, md5)
-    try:
-        images = kind(data_dir, train=train, download=True)  # unpacks the archives that are there, downloads the others
-    except (RuntimeError, URLError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"cannot download {kind.__name__}: {reason}; its archives can be put into {raw} by hand") from error
-    except OSError as error:
-        raise DataError(f"cannot unpack {kind.__name__} in {raw}: {error.strerror or error}; make that folder writable"
-                        ) from error
-    count = limit or len(images.data)
-    pixels = F.pad(images.data[:count, None], [(image_size - 28) // 2] * 4)
-    return Digits(pixels.to(device), images.targets[:count].to(device))
+    raw = Path(data_dir) / "MNIST" / "raw"
+    images, labels = (_read(raw / name, md5) for name, md5 in (MNIST.resources[:2] if train else MNIST.resources[2:]))
+    count = limit or len(labels)
+    pixels = F.pad(images[:count, None], [(image_size - 28) // 2] * 4)
+    return Digits(pixels.to(device), labels[:count].long().to(device))
 
 
-def _check(archive: Path, md5: str) -> None:
-    """DataError if the archive is not the canonical one, or what was unpacked from it earlier is not what it holds."""
-    remedy = "`git checkout -- mnist` restores the archives of this project; for another folder, copy them from there"
+def _read(archive: Path, md5: str) -> Tensor:
+    """The uint8 values of a gzipped IDX file, in the shape that it gives. DataError unless it has this MD5."""
     try:
-        if not archive.is_file():
-            raise DataError(f"{archive} is missing; {remedy}")
-        if not check_integrity(str(archive), md5):
-            raise DataError(f"{archive} is damaged (its MD5 is not {md5}); {remedy}")
-        unpacked = archive.with_suffix("")  # torchvision does not look at its content
-        if unpacked.exists():
-            content = unpacked.read_bytes()
-            if struct.pack("<II", zlib.crc32(content), len(content)) != archive.read_bytes()[-8:]:  # as gzip files end
-                raise DataError(f"{unpacked} is damaged; delete it and run again: it is unpacked anew from {archive.name}")
+        if archive.exists() and not archive.is_file():
+            raise DataError(f"{archive} is not a file; {_remedy(archive)}")
+        with archive.open("rb") as file:
+            packed = file.read(2**24)  # the largest archive has 10 MB
+    except FileNotFoundError:
+        unpacked = archive.with_suffix("")
+        instead = f" ({unpacked.name} is there, but only the .gz archives are read)" if unpacked.exists() else ""
+        raise DataError(f"{archive} is missing{instead}; {_remedy(archive)}") from None
     except OSError as error:
-        raise DataError(f"{archive} or what was unpacked from it cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{archive} cannot be read ({error.strerror or error}); {_remedy(archive)}") from error
+    if hashlib.md5(packed, usedforsecurity=False).hexdigest() != md5:
+        raise DataError(f"{archive} is damaged or another file (its MD5 is not {md5}); {_remedy(archive)}")
+    content = bytearray(gzip.decompress(packed))
+    dimensions = content[3]  # IDX: two zeros, the type, the number of dimensions; each of them as 4 bytes; the values
+    shape = [int.from_bytes(content[at:at + 4], "big") for at in range(4, 4 + 4 * dimensions, 4)]
+    return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def _remedy(archive: Path) -> str:
+    if Path(os.path.realpath(archive)).is_relative_to(OWN) and (OWN.parent / ".git").exists():
+        return f"`git checkout -- mnist` in {OWN.parent} restores it"
+    return f"download it from {MNIST.mirrors[0]}{archive.name}, or name another directory with --data-dir"

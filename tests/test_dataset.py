@@ -1,34 +1,33 @@
-"""The canonical images, without a network; their range; their order; and what is said of damaged files."""
+"""The canonical images, without a network or a writable folder; their range; their order; what is said of unfit files."""
 
+import os
 import shutil
-import socket
-from unittest import mock
-from urllib.error import URLError
 
 import pytest
 import torch
 from conftest import ROOT
-from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
 from dataset import DataError, Digits, load_mnist
 
 RAW = ROOT / "mnist" / "MNIST" / "raw"
+IMAGES = "train-images-idx3-ubyte.gz"
 
 
 @pytest.fixture
-def archives(tmp_path, monkeypatch):
-    """A data folder with the four archives alone, on a machine without a network."""
-
-    def no_network(*args, **kwargs):
-        raise AssertionError("a test reached for the network")
-
-    monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    monkeypatch.setattr(socket.socket, "connect", no_network)
+def archives(tmp_path):
+    """A data folder of one's own with the four archives alone."""
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for archive in RAW.glob("*.gz"):
         shutil.copy(archive, raw)
     return raw
+
+
+def refuse(raw, words):
+    with pytest.raises(DataError, match=words) as error:
+        load_mnist(True, raw.parent.parent)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def test_all_images_and_labels_from_the_archives_alone(archives):
@@ -39,6 +38,8 @@ def test_all_images_and_labels_from_the_archives_alone(archives):
     assert train.labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert test.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert train.labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert train.images.float().mean() == pytest.approx(33.318, abs=0.001)  # the mean that is given everywhere: 0.1307
+    assert len(list(archives.iterdir())) == 4  # so any number of processes may read at once, and the folder be read-only
 
 
 def test_images_come_scaled_to_minus_1_and_1():
@@ -61,44 +62,8 @@ def test_an_epoch_is_every_image_once_in_a_new_order():
 
 
 def test_limit_takes_the_first_images():
-    few, all_of_them = load_mnist(True, ROOT / "mnist", limit=7), load_mnist(True, ROOT / "mnist")
+    few, all_of_them = load_mnist(False, ROOT / "mnist", limit=7), load_mnist(False, ROOT / "mnist")
     assert len(few) == 7 and torch.equal(few.images, all_of_them.images[:7])
-
-
-def test_a_missing_archive_is_named_with_the_remedy(archives):
-    (archives / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte\.gz is missing; `git checkout -- mnist` restores") as error:
-        load_mnist(True, archives.parent.parent)
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere/MNIST/raw/train-images-idx3-ubyte\.gz is missing"):
-        load_mnist(True, tmp_path / "nowhere")
-
-
-def test_a_damaged_archive_is_named_and_left_alone(archives):
-    archive = archives / "train-images-idx3-ubyte.gz"
-    damaged = bytearray(archive.read_bytes())
-    damaged[1_000_000] ^= 1
-    archive.write_bytes(damaged)
-    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz is damaged .* `git checkout -- mnist` restores"):
-        load_mnist(True, archives.parent.parent)
-    assert archive.read_bytes() == damaged
-
-
-@pytest.mark.parametrize("harm", ["truncated", "flipped", "empty", "not idx"])
-def test_a_damaged_unpacked_file_is_named_with_the_remedy(archives, harm):
-    load_mnist(True, archives.parent.parent)
-    unpacked = archives / "train-images-idx3-ubyte"
-    good = unpacked.read_bytes()
-    flipped = bytearray(good)
-    flipped[-1000] ^= 1
-    unpacked.write_bytes({"truncated": good[:-100], "flipped": flipped, "empty": b"", "not idx": b"x" * len(good)}[harm])
-    with pytest.raises(DataError, match=r"raw/train-images-idx3-ubyte is damaged; delete it and run again"):
-        load_mnist(True, archives.parent.parent)
-    unpacked.unlink()
-    assert len(load_mnist(True, archives.parent.parent)) == 60_000
 
 
 def test_larger_images_have_a_black_border():
@@ -107,17 +72,57 @@ def test_larger_images_have_a_black_border():
     assert large.sum() == small.sum()
 
 
-@pytest.mark.parametrize(("dataset", "kind"), [("fashion-mnist", FashionMNIST), ("kmnist", KMNIST)])
-def test_other_datasets_are_read_by_the_same_code(dataset, kind, archives, monkeypatch):
-    """MNIST's archives in the place of the other's: torchvision reads the same format."""
-    shutil.move(archives.parent, archives.parent.parent / kind.__name__)
-    monkeypatch.setattr(kind, "resources", MNIST.resources)
-    found = load_mnist(True, archives.parent.parent, dataset=dataset)
-    assert torch.equal(found.images, load_mnist(True, ROOT / "mnist").images)
+def test_missing_archives_and_folders(archives, tmp_path):
+    (archives / IMAGES).unlink()
+    assert "--data-dir" in refuse(archives, rf"{IMAGES} is missing; download it from https://.*/{IMAGES}, or")
+    refuse(tmp_path / "nowhere" / "MNIST" / "raw", f"nowhere/MNIST/raw/{IMAGES} is missing")
 
 
-def test_a_dataset_that_cannot_be_downloaded(tmp_path, monkeypatch):
-    no_network = mock.Mock(side_effect=URLError("no network"))
-    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
-    with pytest.raises(DataError, match=r"cannot download KMNIST: .*no network.*KMNIST/raw by hand"):
-        load_mnist(True, tmp_path, dataset="kmnist")
+def test_unpacked_files_are_not_read(tmp_path):
+    """Only someone who has nothing else is told so."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + b"\0" * 1000)
+    refuse(raw, rf"{IMAGES} is missing \(train-images-idx3-ubyte is there, but only the \.gz archives are read\)")
+    for archive in RAW.glob("train-*.gz"):
+        shutil.copy(archive, raw)
+    assert len(load_mnist(True, tmp_path)) == 60_000
+
+
+def test_the_projects_own_folder_is_restored_with_git(archives, monkeypatch):
+    """From wherever it is read; of other folders git knows nothing."""
+    own = archives.parent.parent.rename(archives.parent.parent.parent / "mnist")
+    monkeypatch.setattr("dataset.OWN", own)
+    (own / "MNIST" / "raw" / IMAGES).unlink()
+    assert "git" not in refuse(own / "MNIST" / "raw", "is missing; download")
+    (own.parent / ".git").mkdir()
+    refuse(own / "MNIST" / "raw", f"is missing; `git checkout -- mnist` in {own.parent} restores it")
+
+
+def flip_a_bit(archive):
+    damaged = bytearray(archive.read_bytes())
+    damaged[1_000_000] ^= 1
+    archive.write_bytes(damaged)
+
+
+@pytest.mark.parametrize("harm", [flip_a_bit, lambda archive: archive.write_bytes(b""),
+                                  lambda archive: os.truncate(archive, 2**40),  # more than memory holds
+                                  lambda archive: shutil.copy(RAW / "t10k-images-idx3-ubyte.gz", archive)],
+                         ids=["flipped", "empty", "huge", "another archive"])
+def test_a_damaged_archive_is_named_and_left_alone(archives, harm):
+    harm(archives / IMAGES)
+    before = (archives / IMAGES).stat()
+    refuse(archives, rf"{IMAGES} is damaged or another file .* download it")
+    assert (archives / IMAGES).stat().st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink(path, path)], ids=["folder", "pipe", "loop"])
+def test_what_is_no_file(archives, make):
+    (archives / IMAGES).unlink()
+    make(archives / IMAGES)
+    refuse(archives, rf"{IMAGES} (is not a file|cannot be read \(.*\)); download it")
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "MNIST").write_text("")
+    refuse(tmp_path / "MNIST" / "raw", r"cannot be read \(Not a directory\); download it")
