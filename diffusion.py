@@ -265,4 +265,4 @@ def _shifted(alpha_bar: Tensor) -> Tensor:
 
 def _at(values: Tensor, t: Tensor, images: Tensor) -> Tensor:
     """values[t] as (N, 1, 1, 1), in the images' dtype and on their device."""
-    return values.to(images)[t].reshape(-1, 1, 1, 1)
+    return values.to(images.dtype).to(images.device)[t].reshape(-1, 1, 1, 1)  # cast first: Apple's GPUs lack float64

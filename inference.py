@@ -1,77 +1,75 @@
-"""Draw digits from a checkpoint: reverse diffusion from pure noise, shown step by step in inference.png.
+"""Sample digits from a checkpoint: reverse diffusion from noise (DDPM Algorithm 2), step by step in inference.png.
 
-    python inference.py                                      one image a digit, 1000 steps of DDPM
-    python inference.py --sampler ddim --steps 50 --digits 3 7 --per-digit 4 --gif digits.gif
+    python inference.py                                      one image of each digit, 1000 steps of DDPM
+    python inference.py --sampler ddim --digits 3 7 --per-digit 4 --gif digits.gif
+    python inference.py --sampler ddim --columns 1 --per-digit 20      a sheet of 200 digits
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, ends without a traceback
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from arguments import check_sampling_options, described, inference_parser
-
-if __name__ == "__main__":
-    inference_parser().parse_args()  # here already, so that --help does not wait for torch
-
 import torch
-from matplotlib.animation import FuncAnimation, PillowWriter
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 from config import GUIDANCE, STEPS, T, pick_device
 from diffusion import GaussianDiffusion, guided
 from dit import DiT
-from runtime.checkpoint import CheckpointError, check_writable, load_model, write_atomically
-from runtime.speed import compiled, keep_freed_memory, tabulated
+from runtime.checkpoint import CheckpointError, load_model
+from runtime.fused import fused
+from runtime.pictures import GAP, LARGEST_SIDE, ZOOM, save_animation, save_picture, show
+from runtime.script import check_files, exit_status, positive_int, run_script
+from runtime.speed import keep_freed_memory
 
-COLUMNS = 11  # of inference.png: t = 1000, 900, ..., 0
-MAX_ROWS = 500  # of inference.png: about the height that picture viewers bear
-FRAMES = 31  # of the animation
-GAP, ZOOM = 2, 2  # pixels between two images; screen pixels a pixel
+COLUMNS, FRAMES = 11, 31  # of inference.png and of the animation, by default
 
 
-def generate(model: DiT, labels: Tensor, *, sampler: str = "ddpm", steps: int | None = None, eta: float = 0.0,
-             guidance: float = 1.0, seed: int = 0, on_step: Callable[[int, Tensor], None] | None = None,
-             compile: bool = False) -> Tensor:
-    """Draw one image a label. labels: (N,) ints in [0, num_classes]; returns (N, C, H, W) in [-1, 1].
+def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm", steps: int | None = None,
+             eta: float = 0.0, guidance: float = GUIDANCE, seed: int = 0,
+             on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    """Sample one image per label. labels: (N,) ints in [0, num_classes]; returns (N, C, H, W) in [-1, 1].
 
-    sampler, steps: "ddpm" (1000 unless given) or "ddim" (50); eta: of ddim; guidance: 1 is none, and suits weights that
-    learned it; 1.5 suits others; on_step(t, x_t): see `GaussianDiffusion.ddpm_sample`; compile: torch.compile where the
-    blocks are not `fused`, as on a GPU, worth its half minute for thousands of images. ValueError for what is out of range.
+    sampler, steps: "ddpm" (1000 by default) or "ddim" (50); eta: of ddim, in [0, 1]; guidance: 1 is none; on_step(t, x_t):
+    see `GaussianDiffusion.ddpm_sample`. ValueError for what is out of range.
     """
     config, device = model.config, model.pos_embed.device
+    labels = torch.as_tensor(labels)
+    if labels.ndim != 1 or len(labels) == 0 or labels.is_floating_point() or labels.dtype in (torch.bool, torch.complex64):
+        raise ValueError(f"labels must be whole numbers (N,), not {labels.dtype} {tuple(labels.shape)}")
     if not ((labels >= 0) & (labels <= config.num_classes)).all():
         raise ValueError(f"labels must lie in [0, {config.num_classes}], not {labels.tolist()}")
     if sampler not in STEPS:
         raise ValueError(f"sampler must be one of {', '.join(STEPS)}, not {sampler!r}")
     if eta and sampler != "ddim":
         raise ValueError("eta goes with the sampler ddim")
-    steps, labels = STEPS[sampler] if steps is None else steps, labels.to(device)
-    diffusion = GaussianDiffusion(T)
+    labels = labels.long().to(device)
+    network = guided(fused(model, frozen=True), guidance, null_class=config.num_classes)
+    diffusion, generator = GaussianDiffusion(T), torch.Generator(device).manual_seed(seed)
     sample = diffusion.ddpm_sample if sampler == "ddpm" else partial(diffusion.ddim_sample, eta=eta)
-    network = tabulated(model, diffusion.respaced(steps).timesteps, labels)
-    shape = (len(labels), config.in_channels, config.image_size, config.image_size)
-    if compile:
-        batch_size = len(labels) * (1 if guidance in (0, 1) else 2)
-        x_t, t, y = torch.zeros(batch_size, *shape[1:], device=device), *torch.zeros(2, batch_size, device=device).long()
-        with torch.no_grad():
-            network = compiled(network, x_t, t, y)
-    return sample(guided(network, guidance, null_class=config.num_classes), shape, labels, steps=steps,
-                  generator=torch.Generator(device).manual_seed(seed), on_step=on_step)
+    x_T = torch.randn(len(labels), config.in_channels, config.image_size, config.image_size, generator=generator,
+                      device=device, dtype=model.pos_embed.dtype)
+    return sample(network, x_T.shape, labels, steps=STEPS[sampler] if steps is None else steps, generator=generator, x_T=x_T,
+                  on_step=on_step)
 
 
 class Snapshots:
-    """An `on_step` that keeps `count` of the `total` images on the way, evenly spaced, the first and the last included."""
+    """An `on_step` that keeps `count` of the `total` images on the way, from the noise to the final sample.
+
+    Denser towards the end, where the digit takes shape: the i-th at the time T (1 - i / (count - 1))^1.5.
+    """
 
     def __init__(self, total: int, count: int):
-        count = min(count, total)
-        self.wanted = {round(i * (total - 1) / max(count - 1, 1)) for i in range(count)}
+        self.wanted = {round((total - 1) * (1 - (1 - i / max(count - 1, 1)) ** 1.5)) for i in range(count)} | {total - 1}
+        if count == 1:
+            self.wanted = {total - 1}
         self.seen = 0
         self.times: list[int] = []
         self.images: list[Tensor] = []
@@ -83,136 +81,117 @@ class Snapshots:
         self.seen += 1
 
 
-def tile(images: Tensor, columns: int) -> Tensor:
-    """(rows * columns, 1, H, W) -> (rows * (H + GAP), columns * (W + GAP)), row by row, white between the images."""
-    _, _, H, W = images.shape
-    padded = torch.nn.functional.pad(images[:, 0].clamp(-1, 1), (0, GAP, 0, GAP), value=1.0)
-    return padded.reshape(-1, columns, H + GAP, W + GAP).transpose(1, 2).reshape(-1, columns * (W + GAP))
+def load_sampling_model(args: argparse.Namespace) -> tuple[DiT, dict]:
+    """The network of the command line and the other entries of its checkpoint. CheckpointError if it cannot sample so."""
+    model, info = load_model(args.checkpoint, args.device)
+    config = model.config
+    if config.in_channels != 1 or config.num_classes != 10 or config.image_size < 28:
+        raise CheckpointError(f"{args.checkpoint} is of a network for other images than MNIST's")
+    if config.class_dropout_prob == 0 and args.guidance != 1:
+        raise CheckpointError(f"{args.checkpoint} was trained without dropped labels, so it has no null class to guide "
+                              "with: use --guidance 1")
+    print(f"{args.checkpoint}: EMA model after {info['step']:,} training steps, on {args.device}")
+    return model, info
 
 
-def show_canvas(canvas: Tensor, left: int, top: int) -> tuple[Figure, Axes]:
-    """A figure of the canvas at ZOOM x ZOOM screen pixels a pixel (sharp, and small as a file), with margins in pixels."""
-    height, width = (ZOOM * side for side in canvas.shape)
-    figure = Figure(figsize=((left + width) / 100, (top + height) / 100), dpi=100)
-    FigureCanvasAgg(figure)  # what the animation is drawn on
-    axes = figure.add_axes((left / (left + width), 0, width / (left + width), height / (top + height)))
-    axes.imshow(canvas.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=8)
-    axes.set(xticks=[], yticks=[])
-    return figure, axes
+def sample_pictures(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What the command line asks for. CheckpointError or OSError with a sentence."""
+    model, _ = load_sampling_model(args)
+    labels = torch.tensor(args.digits).repeat_interleave(args.per_digit)
+    beside = args.per_digit if args.per_digit > 1 else len(labels)  # images in a row of the animation
+    sides = [len(args.digits), args.per_digit] if args.columns == 1 else [len(labels), args.columns]
+    sides += [beside, len(labels) // beside] * bool(args.gif)
+    if max(sides) * (model.config.image_size + GAP) * ZOOM > LARGEST_SIDE:
+        parser.error(f"a picture of so many images would be more than {LARGEST_SIDE:,} pixels wide or high")
+    print(f"{described(args)} in the convention eps(null) + s (eps(digit) - eps(null)), where 1 is none")
+    grid, frames = Snapshots(args.steps + 1, args.columns), Snapshots(args.steps + 1, FRAMES)
+    with tqdm(total=args.steps, unit="step", mininterval=0.5) as bar:
+
+        def on_step(t: int, x_t: Tensor) -> None:
+            grid(t, x_t)
+            frames(t, x_t)
+            bar.update(grid.seen > 1)  # the first call shows the noise, before any step
+
+        images = generate(model, labels, sampler=args.sampler, steps=args.steps, eta=args.eta, guidance=args.guidance,
+                          seed=args.seed, on_step=on_step).cpu()
+    if args.columns == 1:
+        rows, columns, names = images.split(args.per_digit), [], map(str, args.digits)
+    else:  # from the noise on the left to the final sample on the right
+        rows, columns, names = torch.stack(grid.images, dim=1), [f"t={t}" for t in grid.times], map(str, labels.tolist())
+    save_picture(args.output, lambda: show(rows, columns, list(names)))
+    print(f"wrote {args.output}")
+    if args.gif:
+        save_animation(args.gif, [images.split(beside) for images in frames.images], [f"t = {t}" for t in frames.times])
+        print(f"wrote {args.gif}")
 
 
-def draw_grid(path: Path, labels: list[int], times: list[int], snapshots: list[Tensor]) -> None:
-    """A row a label, a column a time, from the noise on the left to the final sample on the right."""
-    columns, side = len(times), snapshots[0].shape[-1]
-    figure, axes = show_canvas(tile(torch.stack(snapshots, dim=1).flatten(0, 1), columns), left=22, top=22)
-    axes.set_yticks([i * (side + GAP) + side / 2 for i in range(len(labels))], labels=[str(label) for label in labels])
-    axes.set_xticks([i * (side + GAP) + side / 2 for i in range(columns)], labels=[f"t={times[0]}", *map(str, times[1:])])
-    figure.savefig(path)
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `generate`, and where the weights come from."""
+    add = parser.add_argument
+    default = "(default: %(default)s)"
+    add("--sampler", choices=tuple(STEPS), default="ddpm", help=f"ancestral sampling, or DDIM {default}")
+    add("--steps", type=positive_int,
+        help=f"sampling steps, at most {T} (default: {', '.join(f'{n} for {name}' for name, n in STEPS.items())})")
+    add("--eta", type=float, default=0.0, help=f"noise of ddim, from 0, none, to 1, as much as ddpm {default}")
+    add("--guidance", type=float, metavar="S", default=GUIDANCE, help="strength of eps(null) + S (eps(digit) - eps(null)): "
+        f"1 is none; more makes digits more typical and less varied {default}")
+    add("--seed", type=int, default=0, help=f"of the noise {default}")
+    add("--checkpoint", type=Path, default=Path("model.pth"), help=f"the weights {default}")
+    add("--device", default="auto", help=f"cpu, cuda, mps, ...; auto is a GPU when there is one {default}")
 
 
-def draw_animation(path: Path, columns: int, times: list[int], snapshots: list[Tensor]) -> None:
-    """The denoising as a GIF, `columns` images in a row, with a pause on the final samples."""
-    canvases = [tile(images, columns) for images in snapshots]
-    canvases = [((canvas + 1) * 3.5).round() / 3.5 - 1 for canvas in canvases]  # 8 greys: noise compresses badly
-    figure, axes = show_canvas(canvases[0], left=0, top=22)
-    picture, title = axes.images[0], axes.set_title("", fontsize=9)
-
-    def show(frame: int) -> list[Artist]:
-        picture.set_data(canvases[frame].numpy())
-        title.set_text(f"t = {times[frame]}")
-        return [picture, title]
-
-    frames = [*range(len(times)), *[len(times) - 1] * 20]
-    FuncAnimation(figure, show, frames=frames).save(path, writer=PillowWriter(fps=8))
-
-
-def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = inference_parser()
-    args = parser.parse_args(argv)
-    check_sampling_options(parser, args)
-    if len(args.digits) * args.per_digit > MAX_ROWS:
-        parser.error(f"a picture has at most {MAX_ROWS} rows, not {len(args.digits)} digits x {args.per_digit}")
-    if args.output.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
-        parser.error(f"argument --output: {args.output} must end in .png, .jpg, .pdf or .svg")
-    if args.gif and args.gif.suffix.lower() != ".gif":
-        parser.error(f"argument --gif: {args.gif} must end in .gif")
-    check_places(parser, args, args.output, args.gif)
-    return parser, args
-
-
-def check_places(parser: argparse.ArgumentParser, args: argparse.Namespace, *files: Path | None) -> None:
-    """Exit with a sentence if one of the files could not be written or there is no such device; turn its name into it."""
-    for path in filter(None, files):
-        if path.absolute() == args.checkpoint.absolute():
-            parser.error(f"{path} is the checkpoint: choose another place")
-        try:
-            check_writable(path)
-        except OSError as error:
-            parser.error(str(error))
+def check_sampling_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with a sentence if one of them is out of its range; fill in the steps and the device."""
+    if [] in vars(args).values():
+        parser.error("an option lacks its value")  # argparse reads --steps=-- as an empty list
+    args.steps = STEPS[args.sampler] if args.steps is None else args.steps
+    for name, least, most in (("steps", 1, T), ("eta", 0, 1), ("guidance", 0, 100), ("seed", 0, 2**63 - 1)):
+        if not least <= getattr(args, name) <= most:
+            parser.error(f"argument --{name}: must lie in [{least}, {most}], not {getattr(args, name)}")
+    if args.eta and args.sampler != "ddim":
+        parser.error("argument --eta: goes with --sampler ddim")
     try:
         args.device = pick_device(args.device)
     except ValueError as error:
         parser.error(f"argument --device: {error}")
 
 
-def load_drawing_model(args: argparse.Namespace) -> tuple[DiT, dict]:
-    """The network of the command line and the other entries of its checkpoint; fills in the guidance that suits it.
-
-    CheckpointError if it cannot draw so.
-    """
-    model, info = load_model(args.checkpoint, args.device)
-    config = model.config
-    if config.in_channels != 1 or config.num_classes != 10 or config.image_size < 28:
-        raise CheckpointError(f"{args.checkpoint} is of a network for other images than MNIST's")
-    if args.guidance is None:
-        args.guidance = GUIDANCE if config.class_dropout_prob and info["recipe"].get("learn_guidance", 1) == 1 else 1.0
-    if config.class_dropout_prob == 0 and args.guidance != 1:
-        raise CheckpointError(f"{args.checkpoint} was trained without dropped labels, so that there is nothing to guide "
-                              "with: use --guidance 1")
-    return model, info
+def described(args: argparse.Namespace) -> str:
+    """How the digits are sampled, in words."""
+    eta = f", eta {args.eta:g}" if args.sampler == "ddim" else ""
+    return f"{args.sampler}, {args.steps} steps{eta}, seed {args.seed}, guidance {args.guidance:g}"
 
 
-def draw(model: DiT, info: dict, args: argparse.Namespace) -> None:
-    begun = f" from {info['recipe']['start_from']}" if info["recipe"].get("start_from") else ""
-    print(f"{args.checkpoint}: EMA weights after {info['step']:,} training steps{begun}, on {args.device}")
-    print(f"{described(args)} in the convention eps(null) + s (eps(digit) - eps(null)), where 1 is none")
-    labels = torch.tensor(args.digits).repeat_interleave(args.per_digit)
-    columns, frames = Snapshots(args.steps + 1, COLUMNS), Snapshots(args.steps + 1, FRAMES)
-    with tqdm(total=args.steps, unit="step", mininterval=0.5) as bar:
-
-        def on_step(t: int, x_t: Tensor) -> None:
-            columns(t, x_t)
-            frames(t, x_t)
-            bar.update(columns.seen > 1)  # the first call shows the noise, before any step
-
-        generate(model, labels, sampler=args.sampler, steps=args.steps, eta=args.eta, guidance=args.guidance,
-                 seed=args.seed, on_step=on_step)
-    write_atomically(args.output, lambda path: draw_grid(path, labels.tolist(), columns.times, columns.images))
-    print(f"wrote {args.output}")
-    if args.gif:
-        in_a_row = args.per_digit if args.per_digit > 1 else len(args.digits)
-        write_atomically(args.gif, lambda path: draw_animation(path, in_a_row, frames.times, frames.images))
-        print(f"wrote {args.gif}")
+def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The command line, checked before any work is done; exits with a sentence where it is wrong."""
+    add = parser.add_argument
+    add("--digits", type=int, nargs="+", metavar="D", default=list(range(10)), help="a row each (default: 0 to 9)")
+    add("--per-digit", type=positive_int, default=1, metavar="N", help="images of each digit (default: %(default)s)")
+    add("--columns", type=positive_int, default=COLUMNS, metavar="N",
+        help="times to show; 1 gives a sheet of final digits, a row of --per-digit each (default: %(default)s)")
+    add_sampling_options(parser)
+    add("--output", type=Path, default=Path("inference.png"), help="the picture (default: %(default)s)")
+    add("--gif", type=Path, metavar="FILE", help="write an animation of the denoising too")
+    args = parser.parse_args(argv)
+    check_sampling_options(parser, args)
+    if not all(0 <= digit < 10 for digit in args.digits):
+        parser.error(f"argument --digits: must lie in [0, 9], not {args.digits}")
+    for path, name, suffixes in ((args.output, "output", (".png", ".jpg", ".pdf", ".svg")), (args.gif, "gif", (".gif",))):
+        if path and path.suffix.lower() not in suffixes:
+            parser.error(f"argument --{name}: {path} must end in {' or '.join(suffixes)}")
+    try:
+        check_files([args.output, args.gif], inputs=[args.checkpoint])
+    except OSError as error:
+        parser.error(str(error))
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser, args = parse_args(argv)
+    parser = argparse.ArgumentParser("inference.py", description="Sample digits from a trained DiT.", allow_abbrev=False)
+    args = parse_args(parser, argv)
     keep_freed_memory()
-    try:
-        model, info = load_drawing_model(args)
-        for digit in args.digits:
-            if not 0 <= digit < model.config.num_classes:
-                parser.error(f"argument --digits: must lie in [0, {model.config.num_classes}), not {digit}")
-        draw(model, info, args)
-    except (CheckpointError, OSError) as error:
-        print(f"inference.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status(parser, lambda: sample_pictures(parser, args))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -25,7 +25,7 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes files and draws the bar."""
+        """Whether this is the process that writes files and shows the bar."""
         return self.rank == 0
 
     def share(self, *batches: Tensor) -> list[Tensor]:
@@ -49,15 +49,6 @@ class Ranks:
         flags = torch.tensor(int(flag))  # on the CPU, where reading it waits for no GPU
         distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
         return bool(flags)
-
-    @contextmanager
-    def leader_first(self) -> Iterator[None]:
-        """The block, run by the leader and then by the others."""
-        if not self.leads:
-            distributed.barrier()
-        yield
-        if self.leads and self.size > 1:
-            distributed.barrier()
 
 
 @contextmanager

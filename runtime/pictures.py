@@ -1,0 +1,80 @@
+"""One style for all pictures, whatever the user's matplotlib is set to."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib.style
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.nn import functional as F
+
+from runtime.checkpoint import write_atomically
+
+GAP, ZOOM = 2, 2  # pixels between two images; screen pixels per pixel
+DPI = 128  # a power of two: pixels / DPI * DPI is exact, so that no row or column of pixels is lost
+LARGEST_SIDE = 65_000  # pixels; GIF and JPEG end at 65,535, matplotlib at 65,536
+
+
+def save_picture(path: Path, make: Callable[[], Figure]) -> None:
+    """Make a figure and write it, with matplotlib's own defaults in place of the user's. Atomic; OSError if it fails."""
+
+    def write(temporary: Path) -> None:
+        with matplotlib.style.context("default"):
+            make().savefig(temporary)
+
+    write_atomically(path, write)
+
+
+def tile(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of images, each (columns, 1, H, W) in [-1, 1], on one white canvas. (rows (H + GAP), columns (W + GAP))."""
+    images = torch.stack(list(rows))[:, :, 0].clamp(-1, 1)  # (rows, columns, H, W)
+    return F.pad(images, (0, GAP, 0, GAP), value=1.0).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def show(rows: Sequence[Tensor], columns: Sequence[str] = (), labels: Sequence[str] = ()) -> Figure:
+    """A grid of images. rows: tensors (columns, 1, H, W) in [-1, 1]; columns, labels: the names of columns and rows."""
+    canvas, side = tile(rows), rows[0].shape[-1] + GAP
+    height, width = (ZOOM * size for size in canvas.shape)
+    left, top = 4 + 9 * max(map(len, labels), default=0), 24 if columns else 0  # screen pixels
+    figure = Figure(figsize=((left + width) / DPI, (top + height) / DPI), dpi=DPI)
+    axes = figure.add_axes((left / (left + width), 0, width / (left + width), height / (top + height)))
+    axes.imshow(canvas.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=8)
+    axes.set_xticks([(i + 0.5) * side for i in range(len(columns))], labels=columns)
+    axes.set_yticks([(i + 0.5) * side for i in range(len(labels))], labels=labels)
+    return figure
+
+
+def save_animation(path: Path, frames: Sequence[Sequence[Tensor]], titles: Sequence[str]) -> None:
+    """A GIF of frames, each the rows of a `tile` under its title, with a pause on the last one. Atomic."""
+    pictures = []
+    for rows, title in zip(frames, titles, strict=True):
+        greys = (as_bytes(tile(rows)) // 36) * 36 + 3  # 8 greys: noise compresses badly
+        pixels = greys.repeat_interleave(ZOOM, 0).repeat_interleave(ZOOM, 1)
+        picture = Image.new("L", (pixels.shape[1], pixels.shape[0] + 14), 255)
+        picture.paste(Image.fromarray(pixels.numpy()), (0, 14))
+        ImageDraw.Draw(picture).text((2, 1), title, fill=0)
+        pictures.append(picture)
+    write_atomically(path, lambda temporary: pictures[0].save(
+        temporary, format="GIF", save_all=True, append_images=pictures[1:], loop=0,
+        duration=[125] * (len(pictures) - 1) + [2500]))
+
+
+def loss_curve(curve: list[dict], ylabel: str) -> Figure:
+    """Both losses of loss.csv against the epoch."""
+    figure = Figure(figsize=(6, 3.5), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for name, label in (("train_loss", "training images"), ("test_loss", "test images, EMA model")):
+        axes.plot([row["epoch"] for row in curve], [row[name] for row in curve], ".-", markersize=3, label=label)
+    axes.set(xlabel="epoch", ylabel=ylabel, yscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    return figure
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    """Values in [-1, 1] as uint8 in [0, 255]."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,0 +1,100 @@
+"""What the scripts share: how they start and end, what they may print, and which files they may write."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from dataset import DataError
+from runtime.checkpoint import CheckpointError, check_writable
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as CUDA, the CPU and Windows say it
+
+
+class TrainingError(Exception):
+    """Training cannot start or go on; the message says why."""
+
+
+class Stopped(Exception):
+    """A signal ended the work, which was saved. The message says so."""
+
+    def __init__(self, sentence: str, number: int):
+        super().__init__(sentence)
+        self.number = number
+
+
+class Stream:
+    """A text stream that drops what it cannot write: a closed pipe or a full disk behind it ends no work."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        stream.reconfigure(errors="backslashreplace")  # a file may have a name that the terminal cannot show
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except (OSError, ValueError):  # ValueError: it is closed
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            pass
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def run_script(main: Callable[[], int]) -> int:
+    """main() as a process of its own: with streams that cannot fail, and with Ctrl-C as a KeyboardInterrupt again."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file would take the place of a closed stderr
+        pass
+    os.close(descriptor)
+    sys.stdout, sys.stderr = (Stream(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return main()
+
+
+def exit_status(parser: argparse.ArgumentParser, work: Callable[[], None]) -> int:
+    """What `work` ends with: 0, or after a sentence 1, or 128 and a signal's number."""
+    try:
+        work()
+    except Stopped as stop:
+        print(stop)
+        return 128 + stop.number
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (CheckpointError, DataError, OSError, TrainingError) as error:
+        return _error(parser, str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        return _error(parser, "out of memory: try fewer images at a time, or a smaller network")
+    return 0
+
+
+def _error(parser: argparse.ArgumentParser, sentence: str) -> int:
+    print(f"{parser.prog}: error: {sentence}", file=sys.stderr)
+    return 1
+
+
+def check_files(outputs: Iterable[Path | None], inputs: Iterable[Path | None] = ()) -> None:
+    """OSError with a sentence if an output could not be written, or is an input or another output by whatever name."""
+    known = [path for path in inputs if path]
+    for path in filter(None, outputs):
+        for other in known:
+            linked = path.exists() and other.exists() and path.samefile(other)
+            if linked or os.path.realpath(path) == os.path.realpath(other):
+                raise OSError(f"{path} and {other} are one file: choose another place")
+        check_writable(path)
+        known.append(path)
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
