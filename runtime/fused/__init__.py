@@ -27,6 +27,8 @@ from runtime.checkpoint import write_atomically
 LARGEST_WIDTH = 256  # of a token; for wider ones torch.compile is as fast
 READABLE = ("cpu", torch.float32)  # the device and dtype that dit_block.cpp takes
 MOST_TOKENS = 1024  # of an image; the scratch memory of a thread grows with their square
+log = logging.getLogger(__name__)  # prints to stderr; a stream that is closed or broken does not stop the work
+
 VECTOR_UNITS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]}
 
 
@@ -62,7 +64,7 @@ def fused(model: DiT, frozen: bool = False) -> DiT:
 def same_computation(module: nn.Module, reference: nn.Module) -> bool:
     """Whether the two differ in the values of their parameters only: C++ replaces nothing but what it was written for.
 
-    All parts have exactly the same types, settings (eps, the form of GELU, number of heads, ...) and shapes, and no hooks.
+    All parts have exactly the same types, shapes and settings (eps, the form of GELU, number of heads, hooks).
     """
     def described(module: nn.Module) -> list:
         return [(type(part), {name: p is not None and p.shape for name, p in part._parameters.items()},
@@ -98,7 +100,8 @@ def block_library(tokens: int, hidden_size: int, num_heads: int, mlp_size: int) 
         return build(command, source, name)
     except (OSError, ValueError, AttributeError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", b"").decode(errors="replace").strip() or str(error)
-        say_once(f"goes on without the blocks in C++, which is slower; they cannot be built: {reason.splitlines()[0]}")
+        log.warning("continuing without the blocks in C++, slower: they cannot be built (%s)", reason.splitlines()[0])
+        log.disabled = True  # once is enough
         return None
 
 
@@ -139,11 +142,6 @@ def build(command: list[str], source: bytes, name: str) -> ctypes.CDLL:
         return load(built)
 
 
-@cache
-def say_once(sentence: str) -> None:
-    logging.getLogger(__name__).warning(sentence)  # to stderr; a stream that is closed or broken does not stop the work
-
-
 class FusedBlocks(nn.Module):
     """All blocks of a DiT, one after the other. x: (N, L, D), c: (N, D) -> (N, L, D), float32.
 
@@ -174,14 +172,14 @@ class FusedBlocks(nn.Module):
         return packed, transposed
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        N, D = c.shape
+        (N, D), depth = c.shape, len(self.blocks)
         if len(x) != N:
             raise ValueError(f"{len(x)} images cannot be conditioned on {N} times and labels")
         parameters = [] if self.packed else self.ordered()
-        modulation, packed = self.packed or (self.modulation(), self.pack(parameters))
-        mod = F.linear(F.silu(c), *modulation).view(N, len(self.blocks), -1, D)
+        (weight, bias), packed = self.packed or (self.modulation(), self.pack(parameters))
+        mod = F.linear(F.silu(c), weight, bias).view(N, depth, len(bias) // (depth * D), D)
         if mod.shape[2] == 4:  # adaLN is adaLN-Zero with gates of 1
-            gate = mod.new_ones(N, len(self.blocks), 1, D)
+            gate = mod.new_ones(N, depth, 1, D)
             mod = torch.cat([mod[:, :, :2], gate, mod[:, :, 2:], gate], dim=2)
         return BlocksFunction.apply(x.contiguous(), mod, packed, self.library, torch.is_grad_enabled(), *parameters)
 
