@@ -1,53 +1,73 @@
 """Files that are whole or absent: atomic writes, and checkpoints that hold tensors and plain values only.
 
-`model.pth` holds what sampling needs; `run_files.py` writes the same kind of file for a run to go on from.
+`model.pth` holds what sampling needs; `run.py` writes the same kind of file for a run to continue from.
 """
 
 import hashlib
 import io
+import math
 import os
-import pickle
+import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from config import ModelConfig
 from dit import DiT
+from runtime.safe_load import safe_load
 
+PROJECT = Path(__file__).resolve().parent.parent
 FORMAT = 1  # raised when the entries of a file change, so that older code can say what is wrong
 WEIGHTS = {"model_config": dict, "ema": dict, "step": int, "recipe": dict}  # the entries of model.pth
+MOST_BYTES = 2**34  # of a file that is read
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be used; the message is one sentence with the remedy."""
+    """A checkpoint that cannot be used; the message is one sentence."""
+
+
+def beside_the_scripts(path: str | Path) -> Path:
+    """`path`; or, where there is none in the current directory, the one of that name in this project's directory."""
+    return Path(path) if os.path.exists(path) or not os.path.exists(PROJECT / path) else PROJECT / path
+
+
+def printable(value: object) -> str:
+    """Text from a file for a terminal: short, and without characters that the terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value)[:200])
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Call write(temporary file beside `path`), then move the result into place: `path` is old or new, never half.
+    """Call write(temporary file next to `path`), then move the result into place: `path` is old or new, never half.
 
-    OSError with a sentence if that fails.
+    A link stays, and the file that it points to is replaced. OSError with a sentence if that fails.
     """
-    path = Path(path)
-    temporary = _temporary(path)
+    file = _target(path)
+    temporary = _temporary(file)
     try:
         write(temporary)
         _sync(temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, file)
     except OSError as error:
         raise OSError(f"{path} could not be written ({error.strerror or error}); it is as it was before") from error
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":
         try:
-            _sync(path.parent)  # the new name itself, which lives in the folder
+            _sync(file.parent)  # the new name itself, which lives in the directory
         except OSError as error:
             raise OSError(f"{path} is written, but a power cut could undo that ({error.strerror or error})") from error
 
 
+def _target(path: str | Path) -> Path:
+    return Path(os.path.realpath(path) if os.path.islink(path) else path)
+
+
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    """A hidden name of its own. Random, because containers that share a directory may have equal process numbers."""
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
 
 
 def _sync(path: Path) -> None:
@@ -60,17 +80,17 @@ def _sync(path: Path) -> None:
 
 def check_writable(path: str | Path) -> None:
     """OSError with a sentence if `path` could not be written: better now than after an hour's work."""
-    path = Path(path)
+    file = _target(path)
     try:
-        if path.is_dir():
-            raise OSError(f"{path} is a folder, where a file is meant")
-        if not path.parent.is_dir():
-            raise OSError(f"{path} cannot be written: there is no folder {path.parent}")
-        if path.exists() and not path.is_file():
+        if file.is_dir():
+            raise OSError(f"{path} is a directory, not a file")
+        if not file.parent.is_dir():
+            raise OSError(f"{path} cannot be written: there is no folder {file.parent}")
+        if file.exists() and not file.is_file():
             raise OSError(f"{path} is not a file that could be replaced")
-        if not os.access(path.parent, os.W_OK):
-            raise OSError(f"{path} cannot be written: no permission in folder {path.parent}")
-        os.lstat(_temporary(path))  # fails otherwise than FileNotFoundError if the name is too long
+        if not os.access(file.parent, os.W_OK):
+            raise OSError(f"{path} cannot be written: no permission in folder {file.parent}")
+        os.lstat(_temporary(file))  # fails otherwise than FileNotFoundError if the name is too long
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -80,7 +100,7 @@ def check_writable(path: str | Path) -> None:
 def save_checkpoint(path: str | Path, content: dict) -> None:
     """Write a dict of tensors and plain values, nested at will, with a checksum. Atomic; OSError if it fails."""
     content = {"format": FORMAT, **content}
-    buffer = io.BytesIO()  # written by Python and not by torch, for Python says why a disk refuses
+    buffer = io.BytesIO()  # written by Python and not by torch, because Python says why a disk refuses
     torch.save({**content, "sha256": checksum(content)}, buffer)
     write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
@@ -88,25 +108,32 @@ def save_checkpoint(path: str | Path, content: dict) -> None:
 def load_checkpoint(path: str | Path, entries: dict[str, type]) -> dict:
     """Read what `save_checkpoint` wrote, on the CPU. Nothing in the file is run, and its checksum is compared.
 
-    CheckpointError if the file is missing, damaged, of another format, or lacks one of `entries` (name: type).
+    CheckpointError if the file is missing, damaged, of another kind, or lacks one of `entries` (name: type). A hostile
+    file costs time and memory in proportion to its size, and no more.
     """
+    path = Path(path)
     try:
-        file = io.BytesIO(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no file {path}") from None
+        if path.exists() and not path.is_file():  # opening a pipe would wait for someone to write into it
+            raise CheckpointError(f"{path} is a {'directory' if path.is_dir() else 'pipe or a device'}, not a file")
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise CheckpointError(f"{path} is too large for a checkpoint ({size / 2**30:.0f} GiB)")
+        with path.open("rb") as file:
+            if kind := _other_kind(file):
+                raise CheckpointError(f"{path} is {kind}; a checkpoint of this project is needed")
+            content = safe_load(file, size)
+        if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+            raise CheckpointError(f"{path} is not a checkpoint of this project: it does not say its format")
+        computed = checksum({key: value for key, value in content.items() if key != "sha256"}, most=2**20 + 16 * size)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        is_dict = isinstance(content, dict)
-        computed = is_dict and checksum({key: value for key, value in content.items() if key != "sha256"})
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is damaged or not a checkpoint: it holds something other than tensors and plain "
-                              "values, and nothing of it was run") from error
-    except Exception as error:  # a damaged or crafted file can fail anywhere in torch's reader, with any exception
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({type(error).__name__} while reading it)") from error
-    if not is_dict or not isinstance(content.get("format"), int):
-        raise CheckpointError(f"{path} is not a checkpoint of this project: it does not say its format")
+    except MemoryError as error:
+        raise CheckpointError(f"{path} needs more memory than there is") from error
+    except Exception as error:  # a damaged or crafted file can fail anywhere, with any exception
+        reason = f"{type(error).__name__}: {printable(error)}"
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason})") from error
     if content["format"] != FORMAT:
         age = "a newer" if content["format"] > FORMAT else "an older"
         raise CheckpointError(f"{path} was written by {age} version of this project (format {content['format']}; "
@@ -119,25 +146,47 @@ def load_checkpoint(path: str | Path, entries: dict[str, type]) -> dict:
     return content
 
 
-def checksum(content: object) -> str:
-    """SHA-256 of tensors and plain values in nested dicts, lists and tuples: names, types, shapes and values."""
-    sha = hashlib.sha256()
+def _other_kind(file: BinaryIO) -> str:
+    """What people take for a checkpoint; "" for anything else."""
+    start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, whose file `git lfs pull` fetches"
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:  # the length of its header, then that, as JSON
+        return "a safetensors file"
+    if start.startswith(b"\x80"):
+        return "a bare pickle, as torch wrote before version 1.6"
+    return "an .npz file of NumPy" if start.startswith(b"PK") and b".npy" in start else ""
+
+
+def checksum(content: object, most: float = math.inf) -> str:
+    """SHA-256 of tensors and plain values in nested dicts, lists and tuples: names, types, shapes and values.
+
+    ValueError after `most` bytes: [a, a] with a = [b, b], and so on, has 2^n values in 8 n bytes of a file.
+    """
+    sha, count = hashlib.sha256(), 0
+
+    def update(data) -> None:
+        nonlocal count
+        count += len(data) + 8
+        if count > most:
+            raise ValueError("it repeats its values too often")
+        sha.update(data)
 
     def add(value: object) -> None:
-        if isinstance(value, torch.Tensor):
-            sha.update(f"{value.dtype} {tuple(value.shape)};".encode())
-            sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        if isinstance(value, Tensor):
+            update(f"{value.dtype} {tuple(value.shape)};".encode())
+            update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         elif isinstance(value, dict):
-            sha.update(f"dict {len(value)};".encode())
+            update(f"dict {len(value)};".encode())
             for key, item in value.items():
                 add(key)
                 add(item)
         elif isinstance(value, list | tuple):
-            sha.update(f"{type(value).__name__} {len(value)};".encode())
+            update(f"{type(value).__name__} {len(value)};".encode())
             for item in value:
                 add(item)
         else:
-            sha.update(f"{value!r};".encode())
+            update(f"{value!r};".encode())
 
     add(content)
     return sha.hexdigest()
@@ -146,35 +195,39 @@ def checksum(content: object) -> str:
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[DiT, dict]:
     """The network that a checkpoint describes, with its EMA weights, in eval mode; and the checkpoint's other entries.
 
-    CheckpointError if the file is missing, damaged, or not a checkpoint of this project.
+    float32, whatever torch's default is. CheckpointError if the file is missing, damaged, or not such a checkpoint.
     """
-    if not Path(path).exists():
-        raise CheckpointError(f"there is no checkpoint {path}; `python train.py` makes a model.pth, and "
-                              "`git checkout -- model.pth` restores the one that ships")
+    own = PROJECT / "model.pth"
+    if not os.path.exists(path):
+        restored = (f", and `git checkout -- model.pth` in {PROJECT} restores the included one"
+                    if Path(path).absolute() == own and (PROJECT / ".git").exists() else "")
+        raise CheckpointError(f"there is no checkpoint {path}; `python train.py --checkpoint {path}` makes one{restored}")
     info = load_checkpoint(path, WEIGHTS)
     weights = info.pop("ema")
     try:
-        model = outline(ModelConfig(**info["model_config"]))
+        model = build(path, weights, ModelConfig(**info["model_config"]))
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} describes a network that this code does not build: {error}") from error
-    check_weights(path, weights, model)
-    model.load_state_dict(weights, assign=True)
+        raise CheckpointError(f"{path} describes a network that this code does not build: {printable(error)}") from error
+    model.load_state_dict(weights)
     return model.to(device).eval().requires_grad_(False), info
 
 
-class SkipInit(TorchFunctionMode):
-    """Within it, layers get no initial values: on the meta device these would import torch's compiler, 1.3 seconds."""
+def build(path: str | Path, weights: dict, config: ModelConfig) -> DiT:
+    """A network of `config` for these weights, which are checked and not yet loaded. CheckpointError if they do not fit.
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return None
-        return function(*args, **(kwargs or {}))
-
-
-def outline(config: ModelConfig) -> DiT:
-    """The network without its values: names and shapes can be compared before any memory is taken."""
-    with torch.device("meta"), SkipInit():
-        return DiT(config, initialize=False)
+    What the file says of its network is compared with its size first, so that a few bytes cannot ask for much memory.
+    """
+    D, patch, mlp_size = config.hidden_size, config.patch_size, int(config.hidden_size * config.mlp_ratio)
+    # Every design has at least these weights: positions, labels, patches, time; attention and MLP of each block.
+    rows = (config.image_size // patch)**2 + config.num_classes + config.in_channels * patch**2 + 256
+    least = D * (rows + config.depth * (4 * D + 2 * mlp_size))
+    held = sum(value.numel() for value in weights.values() if isinstance(value, Tensor))
+    if held < least or len(weights) < 8 * config.depth:
+        raise CheckpointError(f"{path} does not fit its network, which has at least {least:,} values; the file has {held:,}")
+    with torch.random.fork_rng(devices=[]):  # the initial values are not used, and the caller's random numbers go on
+        model = DiT(config, initialize=False).float()
+    check_weights(path, weights, model)
+    return model
 
 
 def check_weights(path: str | Path, weights: dict, model: DiT) -> None:
@@ -182,10 +235,10 @@ def check_weights(path: str | Path, weights: dict, model: DiT) -> None:
     expected = model.state_dict()
     if weights.keys() != expected.keys():
         names = ", ".join(sorted(map(str, weights.keys() ^ expected.keys()))[:3])
-        raise CheckpointError(f"{path} does not fit its network: {names} missing, or not expected")
+        raise CheckpointError(f"{path} does not fit its network: {printable(names)} missing, or not expected")
     for name, want in expected.items():
         value = weights[name]
-        if not isinstance(value, torch.Tensor) or value.shape != want.shape or value.dtype != want.dtype:
+        if not isinstance(value, Tensor) or value.shape != want.shape or value.dtype != want.dtype:
             raise CheckpointError(f"{path} does not fit its network: {name} is not {tuple(want.shape)} {want.dtype}")
         if not value.isfinite().all():
             raise CheckpointError(f"{path} holds values in {name} that are not finite numbers")
