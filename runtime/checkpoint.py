@@ -213,9 +213,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Di
 
 
 def build(path: str | Path, weights: dict, config: ModelConfig) -> DiT:
-    """A network of `config` for these weights, which are checked and not yet loaded. CheckpointError if they do not fit.
+    """A network of `config` on the CPU, once `weights` are known to fit it; it does not hold them yet.
 
-    What the file says of its network is compared with its size first, so that a few bytes cannot ask for much memory.
+    CheckpointError if they do not. Sizes are compared before anything is built: a few bytes can ask for a huge network.
     """
     D, patch, mlp_size = config.hidden_size, config.patch_size, int(config.hidden_size * config.mlp_ratio)
     # Every design has at least these weights: positions, labels, patches, time; attention and MLP of each block.
@@ -224,7 +224,8 @@ def build(path: str | Path, weights: dict, config: ModelConfig) -> DiT:
     held = sum(value.numel() for value in weights.values() if isinstance(value, Tensor))
     if held < least or len(weights) < 8 * config.depth:
         raise CheckpointError(f"{path} does not fit its network, which has at least {least:,} values; the file has {held:,}")
-    with torch.random.fork_rng(devices=[]):  # the initial values are not used, and the caller's random numbers go on
+    # Whatever torch's default device and dtype are, and without a change to the caller's random numbers.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = DiT(config, initialize=False).float()
     check_weights(path, weights, model)
     return model
