@@ -1,0 +1,150 @@
+"""Train and measure the networks of the study. What results/runs.csv holds already is not repeated.
+
+    python -m experiments.runs                all of them
+    python -m experiments.runs 'B4-*'         these only
+    python -m experiments.runs --list         what is missing
+
+Networks this small gain little from a second thread. Set OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE, and start one process
+per core: they share the work. Stop and start them at will: a run continues where it was. For Linux and macOS; needs
+requirements-dev.txt.
+"""
+
+import argparse
+import csv
+import fcntl
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import train
+from config import TrainConfig, pick_device
+from dataset import load_mnist
+from dit import DiT
+from evaluate import Classifier, accuracy, coverage_figures, fid, in_batches, sample_images, trained_classifier
+from experiments import study
+from experiments.study import COLUMNS, REAL, STEPS, TABLE, Network, Setting
+from inference import generate
+from runtime.checkpoint import CheckpointError, write_atomically
+from runtime.pictures import as_bytes
+from runtime.run import RunFiles
+from runtime.script import TrainingError, exit_status, run_script
+from runtime.speed import keep_freed_memory
+
+RUNS = Path(__file__).with_name("runs")  # the state of the runs; not in git
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether the lock of this file is ours, within the block. The system drops it when a process dies."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+class Worker:
+    """Completes a study, side by side with other workers.
+
+    recipe: for every network; its limit, data_dir and device count too; folder: for the state of the runs; table: the CSV,
+    with samples/ next to it; classifier: the one of evaluate.py by default, which takes minutes to train at first.
+    """
+
+    def __init__(self, recipe: TrainConfig, folder: Path, table: Path, classifier: Classifier | None = None):
+        self.recipe, self.folder, self.table, self.samples = recipe, folder, table, table.with_name("samples")
+        for path in (folder, self.samples):
+            path.mkdir(parents=True, exist_ok=True)
+        device = pick_device(recipe.device)
+        self.train_set, self.test_set = (load_mnist(training, recipe.data_dir, device, recipe.limit)
+                                         for training in (True, False))
+        self.classifier = classifier or trained_classifier(Path(recipe.data_dir) / "classifier.pth", self.train_set)
+        self.test_features = in_batches(self.classifier.features, self.test_set[:][0])
+
+    def work(self, entries: study.Entries) -> None:
+        """All that is missing and that no other worker has taken. TrainingError if some of it failed."""
+        for n in sorted({setting.n for _, settings in entries for setting in settings}):
+            with locked(self.folder / f"real-{n}.lock", wait=True):
+                if not any((row["run"], row["n"]) == (REAL, n) for row in study.read(self.table)):
+                    # As in evaluate.py: training images, except where the classifier would find what it was trained on.
+                    self.append({"run": REAL, "n": n} | self.figures(self.train_set[:n][0], *self.test_set[:]))
+        failed = []
+        for network, settings in entries:
+            with locked(self.folder / f"{network.name}.lock") as ours:
+                if not ours:
+                    print(f"{network.name}: left to the process that has it")
+                    continue
+                try:
+                    self.complete(network, settings)
+                except (CheckpointError, TrainingError) as error:
+                    print(f"{network.name}: {error}", file=sys.stderr)
+                    failed.append(network.name)
+        if failed:
+            raise TrainingError(f"not complete: {', '.join(failed)}")
+
+    def complete(self, network: Network, settings: Sequence[Setting]) -> None:
+        """Train the network as far as each missing setting needs, and measure it there."""
+        cfg, ema = network.config(self.recipe, self.folder), None
+        Path(cfg.checkpoint).parent.mkdir(exist_ok=True)
+        for setting in study.missing(network, settings, study.read(self.table)):
+            if ema is None or setting.epoch > cfg.epochs:
+                cfg = replace(cfg, epochs=setting.epoch)  # the rate is constant, so that a run may grow
+                torch.compiler.reset()  # it would give up on a network that it compiles too often
+                ema = train.train(cfg, resume=RunFiles(cfg).state.exists())
+                if setting.epoch == max(setting.epoch for setting in settings):
+                    self.save_strip(network, ema)
+            with Path(cfg.checkpoint).with_name("loss.csv").open() as file:
+                last = list(csv.DictReader(file))[-1]
+            print(f"{network.name}: {setting}", flush=True)
+            images, labels = sample_images(ema, setting.n, seed=0, sampler="ddim", steps=setting.sampling_steps,
+                                           guidance=setting.guidance)
+            self.append({"run": network.name, "step": last["step"], "test_loss": last["test_loss"],
+                         "train_seconds": last["seconds"]} | vars(network) | vars(setting) | study.cost(cfg.model)
+                        | self.figures(images, images, labels))
+
+    def figures(self, images: Tensor, classified: Tensor, labels: Tensor) -> dict[str, float]:
+        """How `images` compare with the test images, and which share of those classified are what their labels say."""
+        return {"accuracy": accuracy(self.classifier, classified, labels)[0],
+                "fid": fid(self.classifier, self.test_set[:][0], images),
+                **coverage_figures(self.test_features, in_batches(self.classifier.features, images))}
+
+    def append(self, row: dict) -> None:
+        with locked(self.table, wait=True), self.table.open("a") as file:
+            header = "" if file.tell() else ",".join(COLUMNS) + "\n"
+            file.write(header + study.line(row))  # one call of the system: whole or absent
+
+    def save_strip(self, network: Network, ema: DiT) -> None:
+        """Ten digits side by side, from the same noise for every network, for Figure 7."""
+        digits = as_bytes(generate(ema, torch.arange(10), sampler="ddim", steps=STEPS, guidance=1.0).cpu())  # (10, 1, H, W)
+        strip = Image.fromarray(digits[:, 0].transpose(0, 1).flatten(1).contiguous().numpy())  # (H, 10 W)
+        write_atomically(self.samples / f"{network.name}.png", lambda path: strip.save(path, format="PNG"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("experiments.runs", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("names", nargs="*", default=["*"], help="runs, or patterns such as 'B4-*' (default: all)")
+    parser.add_argument("--list", action="store_true", help="print the runs and how many of their rows are missing")
+    args = parser.parse_args(argv)
+    entries = [(network, settings) for network, settings in study.everything()
+               if any(fnmatch(network.name, name) for name in args.names)]
+    if not entries:
+        parser.error(f"no run is named {' or '.join(args.names)}: see --list")
+    if args.list:
+        rows = study.read(TABLE)
+        for network, settings in entries:
+            print(f"{network.name:24} {len(study.missing(network, settings, rows))} of {len(settings)} rows missing")
+        return 0
+    keep_freed_memory()
+    return exit_status(parser, lambda: Worker(study.RECIPE, RUNS, TABLE).work(entries))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
