@@ -14,7 +14,7 @@ from runtime.checkpoint import write_atomically
 
 GAP, ZOOM = 2, 2  # pixels between two images; screen pixels per pixel
 DPI = 128  # a power of two: pixels / DPI * DPI is exact, so that no row or column of pixels is lost
-LARGEST_SIDE = 65_000  # pixels; GIF and JPEG end at 65,535, matplotlib at 65,536
+LARGEST_SIDE, LARGEST_AREA = 65_000, 2**27  # pixels: JPEG ends at 65,500, GIF and matplotlib soon after; the memory
 
 
 def save_picture(path: Path, make: Callable[[], Figure]) -> None:
@@ -27,6 +27,21 @@ def save_picture(path: Path, make: Callable[[], Figure]) -> None:
     write_atomically(path, write)
 
 
+def fits(rows: int, columns: int, side: int) -> bool:
+    """Whether a grid of so many images, side x side pixels, can be written in every format."""
+    height, width = ((side + GAP) * ZOOM * count for count in (rows, columns))
+    return max(height, width) <= LARGEST_SIDE and height * width <= LARGEST_AREA
+
+
+def denser_at_the_end(values: list[int], count: int) -> list[int]:
+    """`count` of the values, or all if there are fewer: the first, the last, and more and more on the way to it.
+
+    Counted from the last, they are those at n (i / (count - 1))^1.75, of n + 1 values.
+    """
+    count = min(count, len(values))
+    return [values[-1 - max(i, round((len(values) - 1) * (i / max(count - 1, 1)) ** 1.75))] for i in reversed(range(count))]
+
+
 def tile(rows: Sequence[Tensor]) -> Tensor:
     """Rows of images, each (columns, 1, H, W) in [-1, 1], on one white canvas. (rows (H + GAP), columns (W + GAP))."""
     images = torch.stack(list(rows))[:, :, 0].clamp(-1, 1)  # (rows, columns, H, W)
@@ -37,7 +52,7 @@ def show(rows: Sequence[Tensor], columns: Sequence[str] = (), labels: Sequence[s
     """A grid of images. rows: tensors (columns, 1, H, W) in [-1, 1]; columns, labels: the names of columns and rows."""
     canvas, side = tile(rows), rows[0].shape[-1] + GAP
     height, width = (ZOOM * size for size in canvas.shape)
-    left, top = 4 + 9 * max(map(len, labels), default=0), 24 if columns else 0  # screen pixels
+    left, top = 10 + 9 * max(map(len, labels), default=0), 24 if columns else 0  # screen pixels
     figure = Figure(figsize=((left + width) / DPI, (top + height) / DPI), dpi=DPI)
     axes = figure.add_axes((left / (left + width), 0, width / (left + width), height / (top + height)))
     axes.imshow(canvas.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
