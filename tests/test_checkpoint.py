@@ -237,7 +237,7 @@ def test_other_kinds_of_file(tmp_path, make, words):
 
 
 def test_too_little_memory(saved, monkeypatch):
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise MemoryError
 
     monkeypatch.setattr(torch, "load", fail)
