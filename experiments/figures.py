@@ -165,7 +165,7 @@ def figure8(rows: Rows) -> Figure:
     finish(axes, xlabel="multiply-adds of a forward pass", xscale="log")
     axes.margins(x=0.1)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower left")
+        axes.legend(loc="upper right")
     return figure
 
 
