@@ -1,38 +1,33 @@
-"""All of a training run that Algorithm 1 does not speak of: its progress, its files, how it stops and goes on."""
+"""All of a training run that Algorithm 1 does not speak of: its progress, its files, how it stops and continues."""
 
 import math
-import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from config import TrainConfig
+from config import ModelConfig, TrainConfig
 from dataset import Digits
 from dit import DiT
-from runtime.checkpoint import CheckpointError, check_weights, load_checkpoint, save_checkpoint, write_atomically
+from runtime.checkpoint import CheckpointError, check_weights, load_checkpoint, printable, save_checkpoint, write_atomically
 from runtime.distributed import Ranks
 from runtime.pictures import as_bytes, loss_curve, save_picture, show
-from runtime.script import Stopped, TrainingError, check_files
+from runtime.script import Stopped, TrainingError, check_files, lock
 
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows; two runs with one checkpoint are not noticed there
-    fcntl = None
-
-MAY_CHANGE = {"epochs", "checkpoint", "checkpoint_every", "data_dir", "device", "compile"}  # in the recipe, on --resume
+MAY_CHANGE = {"epochs", "checkpoint", "checkpoint_every", "data_dir", "device", "compile"}  # in a recipe, on --resume
 STATE = {"recipe": dict, "weights": dict, "ema": dict, "optimizers": list, "step": int, "curve": list, "samples": list,
          "seconds": float, "loss_sum": Tensor, "order": Tensor, "noise": Tensor, "threads": int}
-STOP_SIGNALS = [number for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "ALRM", "XCPU", "PWR", "BREAK")
-                if (number := getattr(signal, f"SIG{name}", None))]  # what terminals, people and schedulers stop a run with
+STOP_SIGNALS = [number for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "ALRM", "VTALRM", "PROF", "IO", "PWR",
+                                    "STKFLT", "XCPU", "BREAK")  # what people, terminals and schedulers stop a run with
+                if (number := getattr(signal, f"SIG{name}", None))]
 CURVE = {"epoch": "d", "step": "d", "train_loss": ".6f", "test_loss": ".6f", "seconds": ".1f"}  # columns of loss.csv
 
 
@@ -50,66 +45,72 @@ class Run:
         self.steps_per_epoch = images // cfg.batch_size
         self.total_steps = cfg.epochs * self.steps_per_epoch
         self.step = 0  # optimizer steps done
-        self.done = 0  # of these, in the current epoch
         self.loss_sum = torch.zeros((), device=noise.device)  # over the current epoch; reading it waits for the GPU
         self.curve: list[dict] = []  # the rows of loss.csv, one per epoch
         self.samples: list[dict] = []  # the rows of samples.png
         self.order = torch.Generator().manual_seed(cfg.seed)  # of the images
         self.order_at_epoch = self.order.get_state()  # as it was before it drew the current epoch's
-        self.earlier_seconds, self.started = 0.0, time.monotonic()
-        self.signals: list[int] = []  # that came
+        self.started = time.monotonic()  # on resume earlier, by what the run had taken
+        self.signal, self.signal_time = 0, 0.0
 
     def __enter__(self) -> "Run":
+        self.exit = ExitStack()
         if self.ranks.leads:
-            self.files.lock()
-        self.handlers = {number: signal.signal(number, self._note) for number in STOP_SIGNALS
-                         if signal.getsignal(number) is not signal.SIG_IGN}  # nohup ignores SIGHUP
-        self.bar = tqdm(total=self.total_steps * self.cfg.batch_size, unit="img", unit_scale=True, mininterval=0.5,
-                        smoothing=0.05, disable=not self.ranks.leads)
+            self.exit.enter_context(lock(self.files.weights))
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # nohup, for one, ignores SIGHUP
+                self.exit.callback(signal.signal, number, signal.signal(number, self._note))
         return self
 
     def __exit__(self, *exception) -> None:
-        self.bar.close()
-        self._restore_handlers()
-        self.files.unlock()
+        self.exit.close()
 
     def _note(self, number: int, frame) -> None:
-        """The first signal is only noted, so that the current step is finished; a second one acts at once."""
-        self.signals.append(number)
-        self._restore_handlers()
+        """Only noted, so that the current step is finished. A second Ctrl-C acts at once.
 
-    def _restore_handlers(self) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        Not within two seconds: torchrun and timeout pass on what a terminal has sent to all processes already.
+        """
+        if not self.signal:
+            self.signal, self.signal_time = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.signal_time > 2:
+            raise KeyboardInterrupt
 
     def begin(self, resume: bool) -> None:
-        """Start anew, or go on from the state of a run of the same recipe. CheckpointError or TrainingError if it cannot."""
+        """Start, or continue from the state of a run of the same recipe. CheckpointError or TrainingError if it cannot."""
         # A state that torchrun finds when it restarts dead processes is this run's: its start has set any other aside.
-        if not self.ranks.any(resume or (self.ranks.restarted and self.files.state.exists())):
+        if self.ranks.any(resume or (self.ranks.restarted and self.files.state.exists())):
+            self._continue()
+        elif self.ranks.leads:
+            self.files.keep_another_runs()
+        self.bar = self.exit.enter_context(tqdm(
+            initial=self.step * self.cfg.batch_size, total=self.total_steps * self.cfg.batch_size, unit="img",
+            unit_scale=True, mininterval=0.5, smoothing=0.05, disable=not self.ranks.leads))
+
+    def _continue(self) -> None:
+        try:
+            state = self.files.load_state(self.model)
+            self._restore(state)
+            if self.step > self.total_steps:
+                raise TrainingError(f"{self.files.state} is at step {self.step}, and {self.cfg.epochs} epochs end at step "
+                                    f"{self.total_steps}")
             if self.ranks.leads:
-                self.files.set_aside_the_state_of_another_run()
-            return
-        state = self.files.load_state()
-        if state["step"] > self.total_steps:
-            raise TrainingError(f"{self.files.state} is at step {state['step']}, and {self.cfg.epochs} epochs end at step "
-                                f"{self.total_steps}")
-        self._restore(state)
-        self.files.know(self.curve)
-        self.bar.update(self.step * self.cfg.batch_size)
+                self.files.keep_another_runs(self.curve)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.files.state} does not fit this run: {printable(error)}") from error
         if self.ranks.leads:
             self.files.save_weights(self.ema, self.step)  # a crash may have come between the state and these
-            tqdm.write(f"resumed at step {self.step} of {self.total_steps}")
+            print(f"resumed at step {self.step} of {self.total_steps}")
             if state["threads"] != torch.get_num_threads():
-                tqdm.write(f"with {torch.get_num_threads()} threads and not {state['threads']} as before: sums are taken in "
-                           "another order, and the last bits of the weights may differ")
+                print(f"with {torch.get_num_threads()} threads and not {state['threads']}, which add in another order: the "
+                      "last bits may differ")
 
     def state(self) -> dict:
         """What model.resume.pth keeps; `_restore` takes it back."""
         return {"weights": self.model.state_dict(), "ema": self.ema.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "step": self.step, "curve": self.curve, "samples": self.samples, "loss_sum": self.loss_sum,
-                "order": self.order_at_epoch, "noise": self.noise.get_state(), "threads": torch.get_num_threads(),
-                "seconds": self.earlier_seconds + time.monotonic() - self.started}
+                "step": self.step, "curve": self.curve, "samples": self.samples, "seconds": time.monotonic() - self.started,
+                "loss_sum": self.loss_sum, "order": self.order_at_epoch, "noise": self.noise.get_state(),
+                "threads": torch.get_num_threads()}
 
     def _restore(self, state: dict) -> None:
         self.model.load_state_dict(state["weights"])
@@ -117,10 +118,13 @@ class Run:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.curve, self.samples = state["step"], state["curve"], state["samples"]
-        self.earlier_seconds = state["seconds"]
+        self.started -= state["seconds"]
         self.loss_sum.copy_(state["loss_sum"])
         self.order.set_state(state["order"])
-        self.noise.set_state(state["noise"])
+        if len(state["noise"]) == len(self.noise.get_state()):
+            self.noise.set_state(state["noise"])
+        else:  # of another kind of device
+            self.noise.manual_seed(self.cfg.seed + self.step)
 
     def epochs(self) -> Iterator[int]:
         """The numbers of the epochs that are not complete."""
@@ -131,29 +135,33 @@ class Run:
     def batches(self, data: Digits) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches (x_0, y) of the current epoch that are still to come, in the order drawn for it."""
         self.order_at_epoch = self.order.get_state()
-        self.done = self.step - len(self.curve) * self.steps_per_epoch
-        for index in islice(data.batches(self.cfg.batch_size, self.order), self.done, None):
+        for index in islice(data.batches(self.cfg.batch_size, self.order), self._steps_of_epoch(), None):
             yield data[index]
+
+    def _steps_of_epoch(self) -> int:
+        """How many steps of the current epoch are done."""
+        return self.step - len(self.curve) * self.steps_per_epoch
 
     def end_step(self, loss: Tensor) -> None:
         """Count the step, show its loss, save when it is time; Stopped if a signal came, TrainingError if it diverged."""
-        self.step, self.done = self.step + 1, self.done + 1
+        self.step += 1
         self.loss_sum += self.ranks.mean(loss.detach())
         if self.bar.update(self.cfg.batch_size):  # true when it is refreshed, twice a second at most
-            self.bar.set_postfix(loss=f"{self._finite(self.loss_sum) / self.done:.4f}", refresh=False)
-        stop = self.ranks.any(bool(self.signals))
+            self.bar.set_postfix(loss=f"{self._finite(self.loss_sum) / self._steps_of_epoch():.4f}", refresh=False)
+        stop = self.ranks.any(bool(self.signal))
         if self.step % self.cfg.checkpoint_every == 0 or self.step == self.total_steps or stop:
             self._finite(self.loss_sum + sum(p.detach().sum() for p in self.model.parameters()))
             if self.ranks.leads:
                 self.files.save(self.state(), self.ema, self.step)
         if stop:
-            raise Stopped(f"stopped at step {self.step} of {self.total_steps}; the same command with --resume goes on from "
-                          "there", self.signals[0] if self.signals else signal.SIGTERM)
+            raise Stopped(f"stopped at step {self.step} of {self.total_steps}; the same command with --resume continues",
+                          self.signal or signal.SIGTERM)
 
     def end_epoch(self, test_loss: float) -> None:
         """A row of loss.csv, and the pictures."""
         self.curve.append({"epoch": len(self.curve) + 1, "step": self.step, "test_loss": test_loss,
-                           "train_loss": self._finite(self.loss_sum) / self.done, "seconds": self.state()["seconds"]})
+                           "train_loss": self._finite(self.loss_sum) / self.steps_per_epoch,
+                           "seconds": time.monotonic() - self.started})
         self.bar.set_postfix({name: f"{self.curve[-1][name]:.4f}" for name in ("train_loss", "test_loss")})
         self.loss_sum.zero_()
         if self.ranks.leads:
@@ -169,8 +177,8 @@ class Run:
         """The value of a loss, or of a sum that holds one; TrainingError if it is not a finite number."""
         value = loss.item()
         if not math.isfinite(value):
-            raise TrainingError(f"the loss or a weight is {value} at step {self.step}, with a learning rate up to {self.cfg.lr:g}; "
-                                f"{self.cfg.checkpoint} is as it was saved before. Try a lower --lr")
+            raise TrainingError(f"the loss or a weight is {value} at step {self.step}; {self.cfg.checkpoint} is as it was "
+                                f"saved before. Try a learning rate below {self.cfg.lr:g}")
         return value
 
 
@@ -185,54 +193,29 @@ class RunFiles:
         self.weights = Path(cfg.checkpoint)
         stem, suffix = self.weights.stem, self.weights.suffix
         prefix = "" if stem == "model" else f"{stem}."
-        self.state = self.weights.with_name(f"{stem}.resume{suffix}")
-        self.csv, self.png, self.samples = (self.weights.with_name(prefix + name)
-                                            for name in ("loss.csv", "loss.png", "samples.png"))
+        self.state, self.csv, self.png, self.samples = (
+            self.weights.parent / name
+            for name in (f"{stem}.resume{suffix}", f"{prefix}loss.csv", f"{prefix}loss.png", f"{prefix}samples.png"))
         check_files([self.weights, self.state, self.csv, self.png, self.samples])
-        self.locked = None
-        self.ours: set[Path] = set()  # files known to be this run's own
         self.pictures_failed = False
         self.picture_time = -math.inf
 
-    def lock(self) -> None:
-        """TrainingError if another process trains with this checkpoint. The system drops the lock when a process dies."""
-        if fcntl is None:
-            return
-        path = os.path.realpath(self.weights)
-        # The file stays: if it were removed, two processes could each lock another file of this name.
-        file = open(Path(path).with_name(f".{Path(path).name}.lock"), "a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise TrainingError(f"{self.weights} is being trained by process {file.read() or '?'}: choose another "
-                                "--checkpoint, or wait until it has ended") from None
-        except OSError:  # a file system without locks
-            return
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        self.locked = file
-
-    def unlock(self) -> None:
-        if self.locked:
-            self.locked.close()
-
-    def load_state(self) -> dict:
-        """The content of model.resume.pth. CheckpointError if it is unfit, or of a run with another recipe."""
+    def load_state(self, model: DiT) -> dict:
+        """The content of model.resume.pth. CheckpointError if it does not fit the model, or is of another recipe."""
         if not self.state.exists():
             raise CheckpointError(f"there is nothing to resume: no file {self.state}")
         content = load_checkpoint(self.state, STATE)
-        now = _flat(asdict(self.cfg))
-        before = _flat(asdict(TrainConfig())) | _flat(content["recipe"])  # options that came later were at their defaults
-        changed = [name for name in now | before if name not in MAY_CHANGE and before.get(name) != now.get(name)]
+        defaults = asdict(TrainConfig()) | asdict(ModelConfig())  # which options had before they existed
+        before = defaults | content["recipe"] | content["recipe"]["model"]
+        now = asdict(self.cfg) | asdict(self.cfg.model)
+        changed = [name for name in now | before
+                   if name not in {*MAY_CHANGE, "model"} and before.get(name) != now.get(name)]
         if changed:
             differences = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
             raise CheckpointError(f"{self.state} belongs to another recipe: {differences}; resume with the options that "
                                   "it was started with, or leave out --resume to start again")
-        network = DiT(self.cfg.model, initialize=False)
         for name in ("weights", "ema"):
-            check_weights(self.state, content[name], network)
+            check_weights(self.state, content[name], model)
         return content
 
     def save(self, state: dict, ema: DiT, step: int) -> None:
@@ -241,14 +224,12 @@ class RunFiles:
         self.save_weights(ema, step)
 
     def save_weights(self, ema: DiT, step: int) -> None:
-        self._keep_a_copy_of_another_run(self.weights)
         weights = {name: value.cpu() for name, value in ema.state_dict().items()}  # loads where there is no GPU
         save_checkpoint(self.weights, {"model_config": asdict(ema.config), "ema": weights, "step": step,
                                        "recipe": asdict(self.cfg)})
 
     def save_curve(self, curve: list[dict], last: bool) -> None:
         """loss.csv and loss.png; the picture at most every ten seconds, since it takes as long as many steps on a GPU."""
-        self._keep_a_copy_of_another_run(self.csv)
         write_atomically(self.csv, lambda path: path.write_text("\n".join(csv_lines(curve)) + "\n"))
         if last or time.monotonic() - self.picture_time > 10:
             weighted = f", training: min-SNR {self.cfg.min_snr:g}" if self.cfg.min_snr else ""
@@ -259,34 +240,30 @@ class RunFiles:
         self._picture(self.samples, lambda: show([row["images"] / 127.5 - 1 for row in samples],
                                                  labels=[f"epoch {row['epoch']}" for row in samples]))
 
-    def _picture(self, path: Path, make: Callable[[], Figure]) -> None:
+    def _picture(self, path: Path, make: Callable) -> None:
         """A picture that cannot be drawn costs one line, not the run."""
         try:
-            self._keep_a_copy_of_another_run(path)
             save_picture(path, make)
         except Exception as error:
             if not self.pictures_failed:
-                tqdm.write(f"{path} could not be drawn, and training goes on: {error}")
+                tqdm.write(f"{path} could not be drawn, and training continues: {error}")
             self.pictures_failed = True
 
-    def set_aside_the_state_of_another_run(self) -> None:
-        if self.state.exists():
-            kept = self.state.rename(_kept_name(self.state))
-            tqdm.write(f"{self.state} is of a run that can go on with --resume; this is a new one, so it is kept as {kept} "
-                       "(stop, rename it back and add --resume to go on with it)")
-
-    def know(self, curve: list[dict]) -> None:
-        """The files are this run's; so is the curve, unless loss.csv begins with other rows than the state knows."""
-        self.ours = {self.weights, self.samples}
-        known = csv_lines(curve)
-        if not curve or not self.csv.is_file() or self.csv.read_text().splitlines()[:len(known)] == known:
-            self.ours |= {self.csv, self.png}
-
-    def _keep_a_copy_of_another_run(self, path: Path) -> None:
-        """Before `path` is first written. A copy, so that there is a file of that name at every moment."""
-        if path not in self.ours and path.exists():
-            tqdm.write(f"{path} is another run's: kept as {shutil.copy2(path, _kept_name(path))}")
-        self.ours.add(path)
+    def keep_another_runs(self, curve: list[dict] | None = None) -> None:
+        """Keep what lies here under other names, unless it is of the run with this curve: loss.csv begins with it."""
+        if curve is None:
+            if self.state.exists():
+                kept = self.state.rename(_kept_name(self.state))
+                print(f"{self.state} is of another run and kept as {kept}: to continue that one, stop, rename it back and "
+                      "add --resume")
+        else:
+            known = [line.encode() for line in csv_lines(curve)]
+            if not self.csv.is_file() or self.csv.read_bytes().splitlines()[:len(known)] == known:
+                return
+        for path in filter(Path.exists, (self.weights, self.csv, self.png, self.samples)):
+            kept = _kept_name(path)  # a copy, so that there is a file of the first name at every moment
+            write_atomically(kept, lambda temporary, path=path: shutil.copy2(path, temporary))
+            print(f"{path} is another run's: kept as {kept}")
 
 
 def csv_lines(curve: list[dict]) -> list[str]:
@@ -300,9 +277,3 @@ def _kept_name(path: Path) -> Path:
     while (name := path.with_name(f"{path.stem}.old-{number}{path.suffix}")).exists():
         number += 1
     return name
-
-
-def _flat(recipe: dict) -> dict:
-    """The fields of the recipe and of its network side by side."""
-    network = recipe["model"] if isinstance(recipe.get("model"), dict) else {}
-    return {name: value for name, value in recipe.items() if name != "model"} | network

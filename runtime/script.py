@@ -6,9 +6,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from dataset import DataError
 from runtime.checkpoint import CheckpointError, check_writable
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows; two runs with one checkpoint are not noticed there
+    fcntl = None
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as CUDA, the CPU and Windows say it
 
@@ -54,7 +60,8 @@ def run_script(main: Callable[[], int]) -> int:
         pass
     os.close(descriptor)
     sys.stdout, sys.stderr = (Stream(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # and not ignored, as in `train.py &` of a shell script
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return main()
 
 
@@ -91,6 +98,29 @@ def check_files(outputs: Iterable[Path | None], inputs: Iterable[Path | None] = 
                 raise OSError(f"{path} and {other} are one file: choose another place")
         check_writable(path)
         known.append(path)
+
+
+def lock(path: Path) -> BinaryIO:
+    """Claim `path` and the files beside it until the result is closed or the process dies, kill -9 included.
+
+    TrainingError if another process has them.
+    """
+    # digits.pt and digits.resume.pth share files with digits.pth, and so they share the lock. Its file stays: if it were
+    # removed, two processes could each lock another file of this name.
+    file = Path(os.path.realpath(path))
+    held = open(file.with_name(f".{file.stem.removesuffix('.resume')}.lock"), "ab+", buffering=0)
+    try:
+        if fcntl:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.truncate(0)
+        held.write(b"%d" % os.getpid())
+    except BlockingIOError:
+        held.seek(0)
+        raise TrainingError(f"{path} or a file beside it is being written by process {held.read().decode() or '?'}: choose "
+                            "another --checkpoint, or wait until it has ended") from None
+    except OSError:  # a file system without locks, or a full one
+        pass
+    return held
 
 
 def positive_int(text: str) -> int:

@@ -1,5 +1,6 @@
-"""What the tests share: a network whose gates are open, calls of the scripts, and pictures of a folder's content."""
+"""What the tests share: a network whose gates are open, calls of the scripts, and a look at a folder's content."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 # One thread for tiny networks, whatever else the machine does; scripts that tests start inherit it.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+train.load_mnist = functools.cache(train.load_mnist)  # which takes longer than three steps
 
 
 @pytest.fixture
@@ -92,8 +94,9 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 
 
 def content(folder: Path) -> dict:
-    """What lies in a folder: name -> bytes and time of change."""
-    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}
+    """The files of a folder but for locks: name -> bytes and time of change."""
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()
+            if path.is_file() and path.suffix != ".lock"}
 
 
 def run_script(name: str, *arguments, cwd: Path, **settings) -> subprocess.CompletedProcess:

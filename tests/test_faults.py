@@ -1,22 +1,27 @@
-"""A run is killed at random moments, many times, and the disk fills up: nothing is lost."""
+"""What happens to a run from outside: kill -9, full disks, a second run, broken streams, odd settings. Nothing is lost."""
 
-import csv
 import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
-from conftest import TINY, content
+from conftest import ROOT, TINY, content
+from test_train import FILES, run_state
 
 import train
 from runtime.checkpoint import checksum, load_checkpoint, load_model
-from runtime.run import STATE
+from runtime.run import STATE, RunFiles
 
-OPTIONS = [*map(str, TINY), "--epochs", "30", "--lr", "0.01", "--checkpoint-every", "1"]
+MANY_SAVES = ("--epochs", 30, "--lr", 0.01, "--checkpoint-every", 1)
+TRAIN = " ".join(map(str, (sys.executable, ROOT / "train.py", *TINY, "--epochs 1")))
 
 
 def run_train(folder, *options):
@@ -25,17 +30,21 @@ def run_train(folder, *options):
         os.dup2(null.fileno(), 1)
         os.dup2(null.fileno(), 2)
     torch.set_num_threads(1)
-    os._exit(train.main(["--checkpoint", str(folder / "model.pth"), *OPTIONS, *options]))
+    os._exit(train.main([str(word) for word in ("--checkpoint", folder / "model.pth", *TINY, *MANY_SAVES, *options)]))
 
 
-def run_state(folder):
-    """All that must not depend on how often the run was stopped: the state without wall time and place, and the curve."""
-    state = load_checkpoint(folder / "model.resume.pth", STATE)
-    for row in state["curve"]:
-        del row["seconds"]
-    with open(folder / "loss.csv", newline="") as file:
-        rows = [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
-    return checksum({name: state[name] for name in STATE if name not in ("seconds", "recipe")}), rows
+@pytest.fixture(scope="module")
+def start():
+    """start(folder, *options): a process that trains; forked from one that has imported torch, which takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+
+    def start_process(folder, *options):
+        process = context.Process(target=run_train, args=(folder, *options))
+        process.start()
+        return process
+
+    return start_process
 
 
 def wait_for_writes(process, file, count):
@@ -47,23 +56,20 @@ def wait_for_writes(process, file, count):
         seen, last = seen + (now != last), now
 
 
+# A process dies
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_kill_9_at_random_moments(tmp_path, capsys, seed):
+def test_kill_9_at_random_moments(tmp_path, capsys, start, seed):
     """Every kill leaves files that load, and the last run ends bit for bit as one that was never killed."""
-    start = multiprocessing.get_context("forkserver")
-    start.set_forkserver_preload(["train"])
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
     killed.mkdir()
     for _ in range(2):  # twice, since the first also starts the server that the others are forked from
-        shutil.rmtree(whole)
+        shutil.rmtree(whole, ignore_errors=True)
         whole.mkdir()
         began = time.monotonic()
-        process = start.Process(target=run_train, args=(whole,))
-        process.start()
-        while process.is_alive() and not (whole / "model.resume.pth").exists():
-            time.sleep(0.001)
+        process = start(whole)
+        wait_for_writes(process, whole / "model.resume.pth", 1)
         to_first_step = time.monotonic() - began
         process.join(120)
         assert process.exitcode == 0
@@ -71,9 +77,7 @@ def test_kill_9_at_random_moments(tmp_path, capsys, seed):
 
     rng, kills, steps, halves = random.Random(seed), 0, set(), 0
     for _ in range(500):
-        resume = ["--resume"] if (killed / "model.resume.pth").exists() else []
-        process = start.Process(target=run_train, args=(killed, *resume))
-        process.start()
+        process = start(killed, *["--resume"] * (killed / "model.resume.pth").exists())
         if rng.random() < 0.2:
             process.join(rng.uniform(0, 1) * to_first_step)
         else:  # by progress and not by the clock, so that a busy machine changes nothing
@@ -84,8 +88,8 @@ def test_kill_9_at_random_moments(tmp_path, capsys, seed):
         process.kill()
         process.join()
         kills += 1
-        halves += len(list(killed.glob(".*.tmp*")))
         for leftover in killed.glob(".*.tmp*"):
+            halves += 1
             leftover.unlink()
         if (killed / "model.resume.pth").exists():
             steps.add(load_checkpoint(killed / "model.resume.pth", STATE)["step"])
@@ -93,12 +97,67 @@ def test_kill_9_at_random_moments(tmp_path, capsys, seed):
             load_model(killed / "model.pth")
     assert process.exitcode == 0
     assert run_state(killed) == run_state(whole)
-    assert torch.equal(load_model(killed / "model.pth")[0].x_embedder.proj.bias,
-                       load_model(whole / "model.pth")[0].x_embedder.proj.bias)
+    assert checksum(load_model(killed / "model.pth")[0].state_dict()) == checksum(
+        load_model(whole / "model.pth")[0].state_dict())
     with capsys.disabled():
         print(f" [{kills} kills, at {len(steps)} different steps, {halves} in the middle of writing a file] ", end="")
     assert kills >= 5 and len(steps) >= 5
 
+
+def test_a_kill_between_the_last_state_and_its_weights(tmp_path, train_tiny, monkeypatch):
+    """model.pth is then a step older; --resume has no step left to do, and writes it all the same."""
+    class Killed(BaseException):
+        pass
+
+    def killed(self, ema, step):
+        if step == 3:
+            raise Killed
+        whole(self, ema, step)
+
+    whole = RunFiles.save_weights
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunFiles, "save_weights", killed)
+        train_tiny(tmp_path, "--checkpoint-every", 1)
+    assert load_model(tmp_path / "model.pth")[1]["step"] == 2
+    assert train_tiny(tmp_path, "--checkpoint-every", 1, "--resume")[0] == 0
+    model, info = load_model(tmp_path / "model.pth")
+    assert info["step"] == 3
+    assert checksum(model.state_dict()) == checksum(load_checkpoint(tmp_path / "model.resume.pth", STATE)["ema"])
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path):
+    """Exit by the signal itself, as a shell expects it, and not a word."""
+    for seconds in (0.15, 0.4, 0.8):
+        process = subprocess.Popen([sys.executable, ROOT / "train.py"], cwd=tmp_path, stderr=subprocess.PIPE)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(60), process.stderr.read()) == (-signal.SIGINT, b"")
+    assert not list(tmp_path.iterdir())
+
+
+# Two runs
+
+@pytest.mark.parametrize("second", ["model.pth", "link.pth", "model.pt", "model.resume.pth"])
+def test_a_second_run_is_refused_as_long_as_the_first_lives(tmp_path, start, train_tiny, refused, second):
+    """By whatever name it has the first one's checkpoint, or its loss.csv, or its state."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link.pth").symlink_to(tmp_path / "model.pth")
+    process = start(tmp_path, "--epochs", 1000)
+    wait_for_writes(process, tmp_path / "model.pth", 1)
+    os.kill(process.pid, signal.SIGSTOP)  # it stays where it is
+    before = content(tmp_path)
+    place = tmp_path / "folder" / second if second == "link.pth" else tmp_path / second
+    refused(train.main, 1, f"{place} or a file beside it is being written by process {process.pid}",
+            "--checkpoint", place, *TINY, "--seed", 5)
+    assert content(tmp_path) == before
+    process.kill()
+    process.join()
+    epochs = load_checkpoint(tmp_path / "model.resume.pth", STATE)["step"] // 3 + 1
+    status, _, err = train_tiny(tmp_path, *MANY_SAVES, "--epochs", epochs, "--resume")
+    assert status == 0, err
+
+
+# A disk that is full or fails
 
 @pytest.fixture
 def full_disk(tmp_path):
@@ -113,18 +172,17 @@ def full_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_keeps_the_last_good_files(full_disk, train_tiny):
+@pytest.mark.parametrize("free", [0, 20_000])
+def test_a_full_disk_keeps_the_last_good_files(full_disk, train_tiny, free):
     assert train_tiny(full_disk)[0] == 0
     before = content(full_disk)
-    (full_disk / "ballast").write_bytes(b"x" * (shutil.disk_usage(full_disk).free - 20_000))
+    (full_disk / "ballast").write_bytes(b"x" * (shutil.disk_usage(full_disk).free - free))
     status, _, err = train_tiny(full_disk, "--epochs", 2, "--resume")
     assert status == 1 and "Traceback" not in err
     assert err.splitlines()[-1].startswith("train.py: error: ") and "No space left on device" in err.splitlines()[-1]
     after = content(full_disk)
     assert set(after) == {*before, "ballast"}
-    for name in ("model.pth", "model.resume.pth"):
-        assert after[name][0] == before[name][0]
-    assert load_model(full_disk / "model.pth")[1]["step"] == 3
+    assert all(after[name][0] == before[name][0] for name in ("model.pth", "model.resume.pth"))
     (full_disk / "ballast").unlink()
     assert train_tiny(full_disk, "--epochs", 2, "--resume")[0] == 0
     assert load_model(full_disk / "model.pth")[1]["step"] == 6
@@ -141,65 +199,90 @@ def two_epochs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("failing", range(1, 11))
-def test_a_run_whose_disk_fails_at_any_write_can_go_on(tmp_path, train_tiny, two_epochs, monkeypatch, failing):
-    """The n-th of the run's ten files fails to be moved into place; a resumed run ends as one without a fault."""
-    replace, calls = os.replace, []
+@pytest.mark.parametrize("failing", range(1, 12))
+def test_a_run_whose_disk_fails_at_any_write_can_continue(tmp_path, train_tiny, two_epochs, monkeypatch, failing):
+    """The n-th of the run's files fails to be moved into place; the run, or a resumed one, ends as one without a fault."""
+    replace, moved = os.replace, []
 
-    def fail_once(*args):
-        calls.append(args)
-        if len(calls) == failing:
+    def fail_once(source, target):
+        moved.append(Path(target))
+        if len(moved) == failing:
             raise OSError(5, "Input/output error")
-        return replace(*args)
+        return replace(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail_once)
-        status, _, err = train_tiny(tmp_path, *TWO_EPOCHS)
-    assert status == 1 and "could not be written (Input/output error)" in err.splitlines()[-1]
-    resume = ["--resume"] if (tmp_path / "model.resume.pth").exists() else []
-    assert train_tiny(tmp_path, *TWO_EPOCHS, *resume)[0] == 0
+        status, out, err = train_tiny(tmp_path, *TWO_EPOCHS)
+    assert len(moved) >= failing
+    if moved[failing - 1].suffix == ".png":
+        assert status == 0 and "could not be drawn" in out
+    else:
+        assert status == 1 and "could not be written (Input/output error)" in err.splitlines()[-1]
+        assert train_tiny(tmp_path, *TWO_EPOCHS, *["--resume"] * (tmp_path / "model.resume.pth").exists())[0] == 0
     assert run_state(tmp_path) == run_state(two_epochs)
 
 
-def test_out_of_memory_names_the_batch_size(tmp_path, train_tiny, monkeypatch):
-    for error in (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
-                  RuntimeError("DefaultCPUAllocator: can't allocate memory")):
-        def fail(*args, error=error):
-            raise error
+# Streams, names and settings
 
-        monkeypatch.setattr(train.GaussianDiffusion, "loss", fail)
-        status, _, err = train_tiny(tmp_path)
-        assert status == 1
-        assert err.splitlines()[-1].startswith("train.py: error: out of memory with batches of 100 images")
-        assert not list(tmp_path.iterdir())
+def bash(command, folder, **environment):
+    """The command in bash; TRAIN in it is a run of three steps. Its exit status is that of the first part that fails."""
+    command = "set -o pipefail; " + command.replace("TRAIN", TRAIN)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | environment
+    return subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, timeout=120)
 
 
-def test_another_error_is_not_hidden(tmp_path, train_tiny, monkeypatch):
+@pytest.mark.parametrize("command", [
+    "TRAIN 2>&1 | head -c 400",
+    "TRAIN >&- 2>&-",
+    *(pytest.param(command, marks=pytest.mark.slow) for command in (
+        "TRAIN 2>&-", "TRAIN 2>/dev/full", "TRAIN >/dev/full 2>&1", "TRAIN <&- >&- 2>&-", "TRAIN && TRAIN | true",
+        "TRAIN && TRAIN --resume >&-", "nohup TRAIN"))])
+def test_a_broken_stream_ends_no_run(tmp_path, command):
+    done = bash(command, tmp_path)
+    assert done.returncode == 0, done
+    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+    assert content(tmp_path).keys() >= FILES and load_model(tmp_path / "model.pth")[1]["step"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "environment"), [
+    ("mödel.pth", {"PYTHONIOENCODING": "ascii"}),
+    ("mödel.pth", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
+    ("m\udcf6del.pth", {}), ("m\udcf6del.pth", {"PYTHONIOENCODING": "ascii"})])
+def test_a_name_that_a_terminal_cannot_show(tmp_path, name, environment):
+    command = f"TRAIN --checkpoint {name}; cp {name} first; TRAIN --checkpoint {name} --seed 1"
+    done = bash(f"set -e; {command}; TRAIN --checkpoint {name} --seed 1 --resume", tmp_path, **environment)
+    assert done.returncode == 0, done
+    assert (tmp_path / name.replace(".", ".old-1.")).read_bytes() == (tmp_path / "first").read_bytes()
+    assert load_model(tmp_path / name)[1]["recipe"]["seed"] == 1
+
+
+@pytest.mark.parametrize("settings", [
+    "image.origin: lower", "text.usetex: True", "savefig.bbox: tight\nsavefig.pad_inches: 3", "font.size: 30",
+    "axes.facecolor: red\nimage.cmap: jet\nfigure.dpi: 50\nsavefig.dpi: 40"])
+def test_pictures_do_not_depend_on_the_users_matplotlib(tmp_path, train_tiny, tiny_checkpoint, settings):
+    (tmp_path / "matplotlibrc").write_text(settings)
+    with matplotlib.rc_context(fname=tmp_path / "matplotlibrc"):
+        assert train_tiny(tmp_path)[0] == 0
+    for name in ("loss.png", "samples.png"):
+        assert (tmp_path / name).read_bytes() == (tiny_checkpoint.parent / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_matplotlibrc_of_the_user(tmp_path, tiny_checkpoint):
+    (tmp_path / "matplotlibrc").write_text("image.origin: lower\ntext.usetex: True")
+    done = bash("TRAIN", tmp_path, MATPLOTLIBRC=str(tmp_path / "matplotlibrc"))
+    assert done.returncode == 0, done
+    for name in ("loss.png", "samples.png"):
+        assert (tmp_path / name).read_bytes() == (tiny_checkpoint.parent / name).read_bytes()
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("no LaTeX"), MemoryError()])
+def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, train_tiny, monkeypatch, error):
     def fail(*args):
-        raise RuntimeError("a bug")
+        raise error
 
-    monkeypatch.setattr(train.GaussianDiffusion, "loss", fail)
-    with pytest.raises(RuntimeError, match="a bug"):
-        train_tiny(tmp_path)
-
-
-def test_a_kill_between_the_last_state_and_its_weights(tmp_path, train_tiny, monkeypatch):
-    """model.pth is then a step older; --resume has no step left to do, and writes it all the same."""
-    class Killed(BaseException):
-        pass
-
-    def killed(self, ema, step):
-        if step == 3:
-            raise Killed
-        whole(self, ema, step)
-
-    whole = train.RunFiles.save_weights
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.RunFiles, "save_weights", killed)
-        train_tiny(tmp_path, "--checkpoint-every", 1)
-    assert load_model(tmp_path / "model.pth")[1]["step"] == 2
-    assert train_tiny(tmp_path, "--checkpoint-every", 1, "--resume")[0] == 0
-    model, info = load_model(tmp_path / "model.pth")
-    assert info["step"] == 3
-    ema = load_checkpoint(tmp_path / "model.resume.pth", STATE)["ema"]
-    assert all(torch.equal(value, ema[name]) for name, value in model.state_dict().items())
+    monkeypatch.setattr("runtime.run.save_picture", fail)
+    status, out, _ = train_tiny(tmp_path, "--epochs", 2)
+    assert status == 0 and out.count("could not be drawn, and training continues") == 1
+    assert load_model(tmp_path / "model.pth")[1]["step"] == 6
