@@ -202,7 +202,7 @@ def measure(args: argparse.Namespace) -> None:
         write_atomically(args.json, lambda path: path.write_text(json.dumps({"source": source, **results}, indent=1)))
     print(source)
     for name, row in results.items():
-        print(f"{name:20}", *(f"{kind} {value:8.4f}  " for kind, value in row.items()))
+        print(f"{name:20}", *(f"{kind} {value:8.4f}" for kind, value in row.items()), sep="  ")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,7 @@
-"""What the benchmarks share: the arithmetic of a call, the rate of a large matrix product, and medians of many calls."""
+"""What the benchmarks share: the arithmetic of a call, the roofline, and medians of many calls.
+
+The roofline is the time that the arithmetic alone takes at the rate of a large matrix product in the same run.
+"""
 
 import platform
 import statistics
@@ -9,7 +12,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 WARM_UP = 5
-IN_A_ROW = 20  # steps a measurement: as in a training run, each finds the caches as the one before it left them
 
 
 def arithmetic(call: Callable[[], object]) -> int:
@@ -21,25 +23,22 @@ def arithmetic(call: Callable[[], object]) -> int:
 
 def seconds(device: torch.device, call: Callable[[], object], repeats: int) -> float:
     """The time of one of `repeats` calls in a row."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000 / repeats
-    start = time.perf_counter()
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    start = now()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - start) / repeats
+    return (now() - start) / repeats
 
 
 def medians(device: torch.device, calls: dict[str, Callable[[], object]], rounds: int, in_a_row: int = 1
             ) -> tuple[dict[str, float], float]:
     """The median time of each call over `rounds` measurements of `in_a_row` calls, and the rate of a large float32 product.
 
-    The rate is in operations a second. The calls and the product take turns, so that a machine that slows down slows all
+    The rate is in operations per second. The calls and the product take turns, so that a machine that slows down slows all
     of them down.
     """
     side = 1024 if device.type == "cpu" else 8192
