@@ -10,6 +10,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from config import ModelConfig
 from dit import DiT
+from runtime.pictures import save_picture
 
 FIXED, LEARNED, CONDITION, DATA = "#e8e8e8", "#cfe2f3", "#fce5cd", "#ffffff"
 
@@ -34,9 +35,9 @@ def box(axes: Axes, x: float, y: float, text: str, color: str, width: float = 2.
 
 
 def arrow(axes: Axes, x_1: float, y_1: float, x_2: float, y_2: float, label: str = "", side: float = 0.1,
-          color: str = "#444444", bend: str = "arc3") -> None:
+          color: str = "#444444") -> None:
     axes.add_patch(FancyArrowPatch((x_1, y_1), (x_2, y_2), arrowstyle="-|>", mutation_scale=8, color=color, linewidth=0.9,
-                                   connectionstyle=bend, shrinkA=0, shrinkB=0))
+                                   shrinkA=0, shrinkB=0))
     if label:
         axes.text((x_1 + x_2) / 2 + side, (y_1 + y_2) / 2, label, fontsize=6.5, color="#333333", va="center",
                   ha="left" if side > 0 else "right")
@@ -52,12 +53,13 @@ def column(axes: Axes, x: float, steps: list[tuple[str, str, str]], top: float, 
     return heights
 
 
-def draw(path: Path) -> None:
+def architecture() -> Figure:
+    """The whole network on the left, one of its blocks on the right (DiT Figure 3)."""
     config = ModelConfig()
     model = DiT(config)
     shape = shapes(model)
     D, L, p = config.hidden_size, model.pos_embed.shape[1], config.patch_size
-    figure = Figure(figsize=(10.5, 7), layout="constrained")
+    figure = Figure(figsize=(10.5, 7), dpi=100, layout="constrained")
     axes = figure.subplots()
     axes.set(xlim=(-2.2, 13.3), ylim=(-0.3, 10.3))
     axes.set_axis_off()
@@ -120,17 +122,16 @@ def draw(path: Path) -> None:
         arrow(axes, 12.85, end, x + 0.17, end)
     box(axes, 8.0, 7.0, "c", CONDITION, width=0.7)
     arrow(axes, 8.0, 6.68, 8.0, 5.92, color="#c27c0e")
-    box(axes, 8.0, 5.6, f"SiLU, Linear({D}, {6 * D})", LEARNED, width=1.7)
+    box(axes, 8.0, 5.6, f"SiLU,\nLinear({D}, {6 * D})", LEARNED, width=1.5)
     axes.text(8.0, 5.15, "zero at the start;\nsix vectors", fontsize=6.5, color="#a0650a", ha="center", va="top")
-    vectors = [("shift, scale", block[1]), ("gate", block[3]), ("shift, scale", block_2[1]), ("gate", block_2[3])]
-    for name, y in vectors:
-        arrow(axes, 8.88, 5.6, x - 1.35, y, color="#c27c0e")
-        axes.text(x - 1.4, y + (0.16 if y > 5.6 else -0.16), name, fontsize=6.5, color="#a0650a", ha="right", va="center",
-                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+    axes.plot([8.77, 8.92, 8.92, 8.92], [5.6, 5.6, block[1], block_2[3]], color="#c27c0e", linewidth=0.9)
+    for name, y in (("shift, scale", block[1]), ("gate", block[3]), ("shift, scale", block_2[1]), ("gate", block_2[3])):
+        arrow(axes, 8.92, y, x - 1.35, y, color="#c27c0e")
+        axes.text(x - 1.4, y + 0.1, name, fontsize=6.5, color="#a0650a", ha="right", va="bottom")
     for i, (color, text) in enumerate(((LEARNED, "trained"), (FIXED, "fixed"), (CONDITION, "condition"))):
         box(axes, 3.9 + 1.15 * i, 0.7, text, color, width=1.0, height=0.4)
-    figure.savefig(path, dpi=100)
+    return figure
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]))
+    save_picture(Path(sys.argv[1]), architecture)

@@ -1,7 +1,7 @@
 """The time of a training step next to its roofline (see benchmarks/measure.py).
 
     python -m benchmarks.training --batch-size 300
-    python -m benchmarks.training --batch-size 64 --picture assets/step_time.png
+    python -m benchmarks.training --batch-size 64 --scaling assets/step_time.png
 """
 
 import argparse
@@ -82,12 +82,12 @@ def main(argv: list[str] | None = None) -> None:
     for name, default in (("batch-size", 300), ("hidden-size", 64), ("depth", 3), ("patch-size", 4), ("rounds", 10)):
         add(f"--{name}", type=int, default=default, metavar="N", help=f"(default: {default})")
     add("--device", default="auto")
-    add("--picture", type=Path, metavar="FILE", help="measure the models of config.FAMILY instead, and plot their times")
+    add("--scaling", type=Path, metavar="FILE", help="measure the models of config.FAMILY instead, and plot their times")
     args = parser.parse_args(argv)
     try:
         device = pick_device(args.device)
         config = ModelConfig(hidden_size=args.hidden_size, depth=args.depth, patch_size=args.patch_size)
-        models = FAMILY if args.picture else {"": config}
+        models = FAMILY if args.scaling else {"": config}
         recipes = {name: TrainConfig(batch_size=args.batch_size, model=model) for name, model in models.items()}
     except ValueError as error:
         parser.error(str(error))
@@ -95,14 +95,14 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{about(device)}, batches of {args.batch_size}")
     points = []
     for name, cfg in recipes.items():
-        times, roofline, flops = measure(cfg, device, args.rounds, ["compiled"] if args.picture else ["plain", "compiled"])
+        times, roofline, flops = measure(cfg, device, args.rounds, ["compiled"] if args.scaling else ["plain", "compiled"])
         print(f"{name:4} {flops / 1e9:.2f} GFLOP per step, roofline {1000 * roofline:.1f} ms at "
               f"{flops / roofline / 1e9:.0f} GFLOP/s")
         for kind, time in times.items():
             print(f"     {kind:9} {1000 * time:7.1f} ms per step, {time / roofline:.2f} x roofline", flush=True)
         points.append((name, flops, times["compiled"], roofline))
-    if args.picture:
-        save_picture(args.picture, lambda: step_time(points))
+    if args.scaling:
+        save_picture(args.scaling, lambda: step_time(points))
 
 
 if __name__ == "__main__":
