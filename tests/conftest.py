@@ -1,6 +1,7 @@
 """What the tests share: a network whose gates are open, calls of the scripts, and a look at a folder's content."""
 
 import functools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -68,6 +69,14 @@ def refused(call):
             assert err.count("error:") == 1 and len(err.strip().splitlines()) == 1, err
 
     return check
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """Makes processes that are forked from one that has imported torch, which takes seconds, and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    return context
 
 
 TINY = ("--data-dir", ROOT / "mnist", "--limit", 300, "--batch-size", 100, "--hidden-size", 16, "--depth", 1,

@@ -1,6 +1,5 @@
-"""Two processes give what one gives, and a run goes on when one of them is killed."""
+"""Two processes give what one gives, and a run continues when one of them is killed."""
 
-import csv
 import os
 import re
 import signal
@@ -11,7 +10,8 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, content
+from test_train import FILES, rows
 
 from runtime.checkpoint import load_model
 from runtime.distributed import Ranks
@@ -22,8 +22,9 @@ OPTIONS = [*map(str, TINY), "--epochs", "4", "--lr", "0.01"]
 def torchrun(*options, cwd, processes=2, restarts=0, machines=("--standalone",)):
     command = [sys.executable, "-m", "torch.distributed.run", *machines, f"--nproc-per-node={processes}",
                f"--max-restarts={restarts}", str(ROOT / "train.py"), *OPTIONS, *map(str, options)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(len(machines) > 1))})
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(len(machines) > 1))}
+    return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finish(process) -> str:
@@ -32,8 +33,7 @@ def finish(process) -> str:
 
 
 def ema_and_curve(folder):
-    with open(folder / "loss.csv", newline="") as file:
-        curve = [(float(row["train_loss"]), float(row["test_loss"])) for row in csv.DictReader(file)]
+    curve = [(float(row["train_loss"]), float(row["test_loss"])) for row in rows(folder)]
     return load_model(folder / "model.pth")[0].state_dict(), curve
 
 
@@ -59,7 +59,7 @@ def test_two_processes_give_what_one_gives(option, tmp_path, one_process):
     out = finish(process)
     assert process.returncode == 0, out
     assert_same(tmp_path, one_process)
-    assert {path.name for path in tmp_path.iterdir()} == {"model.pth", "model.resume.pth", "loss.csv", "loss.png"}
+    assert content(tmp_path).keys() == FILES
 
 
 def kill_the_last_worker_after_a_checkpoint(process, folder) -> int:
@@ -75,7 +75,7 @@ def kill_the_last_worker_after_a_checkpoint(process, folder) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_process_is_restarted_and_the_run_goes_on(tmp_path, one_process, processes):
+def test_a_killed_process_is_restarted_and_the_run_continues(tmp_path, one_process, processes):
     (tmp_path / "model.resume.pth").write_text("of an earlier run")
     process = torchrun("--checkpoint-every", 1, cwd=tmp_path, processes=processes, restarts=1)
     step = kill_the_last_worker_after_a_checkpoint(process, tmp_path)
@@ -103,14 +103,16 @@ def test_two_machines_and_the_death_of_one_of_their_processes(tmp_path, one_proc
 
 
 @pytest.mark.slow
-def test_a_signal_stops_all_processes_after_saving(tmp_path, one_process):
+@pytest.mark.parametrize("kill", [lambda pid: os.kill(pid, signal.SIGTERM), lambda pid: os.killpg(pid, signal.SIGINT)])
+def test_a_signal_stops_all_processes_after_saving(tmp_path, one_process, kill):
+    """SIGTERM for torchrun, which passes it on; Ctrl-C, which a terminal sends to all of them, and torchrun once more."""
     process = torchrun("--checkpoint-every", 1000, cwd=tmp_path)
     bar = ""
     while "train_loss" not in bar:  # the first epoch is over
         bar += process.stdout.read(1)
-    process.send_signal(signal.SIGTERM)
-    finish(process)
-    assert load_model(tmp_path / "model.pth")[1]["step"] < 12
+    kill(process.pid)
+    out = finish(process)
+    assert load_model(tmp_path / "model.pth")[1]["step"] < 12, out
     process = torchrun("--checkpoint-every", 1000, "--resume", cwd=tmp_path)
     out = finish(process)
     assert process.returncode == 0, out
@@ -123,7 +125,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     out = finish(process)
     assert process.returncode == 1
     assert "a batch of 99 cannot be shared evenly by 2 processes" in out
-    assert not list(tmp_path.iterdir())
+    assert not content(tmp_path)
 
 
 def test_one_process_needs_no_connection():

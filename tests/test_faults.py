@@ -1,6 +1,5 @@
 """What happens to a run from outside: kill -9, full disks, a second run, broken streams, odd settings. Nothing is lost."""
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -33,14 +32,11 @@ def run_train(folder, *options):
     os._exit(train.main([str(word) for word in ("--checkpoint", folder / "model.pth", *TINY, *MANY_SAVES, *options)]))
 
 
-@pytest.fixture(scope="module")
-def start():
-    """start(folder, *options): a process that trains; forked from one that has imported torch, which takes seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
-
+@pytest.fixture
+def start(forked):
+    """start(folder, *options): a process that trains."""
     def start_process(folder, *options):
-        process = context.Process(target=run_train, args=(folder, *options))
+        process = forked.Process(target=run_train, args=(folder, *options))
         process.start()
         return process
 
@@ -199,7 +195,7 @@ def two_epochs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("failing", range(1, 12))
+@pytest.mark.parametrize("failing", range(1, 13))
 def test_a_run_whose_disk_fails_at_any_write_can_continue(tmp_path, train_tiny, two_epochs, monkeypatch, failing):
     """The n-th of the run's files fails to be moved into place; the run, or a resumed one, ends as one without a fault."""
     replace, moved = os.replace, []
