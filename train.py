@@ -26,6 +26,7 @@ from config import FAMILY, GUIDANCE, PAPER, ModelConfig, T, TrainConfig, pick_de
 from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion, guided
 from dit import DiT
+from runtime.checkpoint import beside_the_scripts
 from runtime.distributed import Ranks, joined_ranks
 from runtime.run import Run, RunFiles
 from runtime.script import TrainingError, exit_status, run_script
@@ -95,8 +96,10 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
         raise TrainingError(f"a batch of {cfg.batch_size} cannot be shared evenly by {ranks.size} processes")
     keep_freed_memory()
     device = pick_device(cfg.device, ranks.local_rank)
-    train_set, test_set = (load_mnist(train, cfg.data_dir, device, cfg.limit, cfg.model.image_size)
-                           for train in (True, False))
+    data_dir = beside_the_scripts(cfg.data_dir)
+    if str(data_dir) != cfg.data_dir and ranks.leads:
+        print(f"there is no {cfg.data_dir} here: training on {data_dir}")
+    train_set, test_set = (load_mnist(train, data_dir, device, cfg.limit, cfg.model.image_size) for train in (True, False))
     diffusion = GaussianDiffusion(T)
     torch.manual_seed(cfg.seed)  # the initial weights
     model = DiT(cfg.model).to(device).train()
