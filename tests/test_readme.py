@@ -23,15 +23,17 @@ DOCUMENTS = {str(path.relative_to(ROOT)): re.sub(r"\\\n +", "", path.read_text()
 INDENTED = [part.split(" #")[0] for line in re.findall(r"^    (\S.*)$", DOCUMENTS["README.md"], flags=re.MULTILINE)
             for part in line.split(" && ")]
 COMMANDS = sorted({command for command in INDENTED if re.match(r"(\w+=\S+ )*(python|torchrun) ", command)})
+CALL = re.compile(r"(?:python|torchrun)(?: [^`\n]*)? (train|inference|evaluate)\.py\b([^`#&\n]*)")
 CALLS = sorted({call for name, text in DOCUMENTS.items() if not name.startswith("experiments/")  # its log has old options
-                for call in re.findall(r"(?:python|torchrun)(?: [^`\n]*)? (train|inference|evaluate)\.py\b([^`#&\n]*)", text)})
+                for call in CALL.findall(text)})
+EXAMPLES = re.findall(r"```python\n((?:from|import) .*?)```", DOCUMENTS["README.md"], flags=re.DOTALL)
 SHORTER = {  # options that make a command short; the last one counts
     "train.py": [*map(str, TINY), "--epochs", "1"],
     "inference.py": ["--steps", "2"],
-    "evaluate.py": ["--n", "100", "--steps", "2", "--bpd", "1"],
+    "evaluate.py": ["--n", "100", "--steps", "2"],
+    "--bpd": ["--bpd", "1"],
     "benchmarks.training": ["--hidden-size", "16", "--depth", "1", "--batch-size", "8", "--rounds", "1"],
     "benchmarks.sampling": ["--hidden-size", "16", "--depth", "1", "--rounds", "1"],
-    "assets.dits": [],
 }
 ELSEWHERE = {  # commands that no option makes short, and the tests that run them in part
     "--scaling": "tests/test_benchmarks.py::test_scaling_picture",
@@ -100,8 +102,7 @@ def run(command: str, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not any(words in c for words in ELSEWHERE)])
 def test_every_command_of_readme_runs(command, copy_of_the_project):
-    [script] = [name for name in SHORTER if name in command]
-    shorter = " ".join([command, *SHORTER[script]])
+    shorter = " ".join([command, *(option for words in SHORTER if words in command for option in SHORTER[words])])
     if " --resume" in shorter:
         run(shorter.replace(" --resume", ""), copy_of_the_project)
     run(shorter, copy_of_the_project)
@@ -114,7 +115,7 @@ def test_the_other_commands_are_run_elsewhere(words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", DOCUMENTS["README.md"], flags=re.DOTALL))
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_every_python_example_of_readme_runs(example, copy_of_the_project):
     (copy_of_the_project / "example.py").write_text(example)
     run("python example.py", copy_of_the_project)
