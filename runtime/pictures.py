@@ -67,7 +67,7 @@ def save_animation(path: Path, frames: Sequence[Sequence[Tensor]], titles: Seque
     """A GIF of frames, each the rows of a `tile` under its title, with a pause on the last one. Atomic."""
     pictures = []
     for rows, title in zip(frames, titles, strict=True):
-        greys = (as_bytes(tile(rows)) // 36) * 36 + 3  # 8 greys: noise compresses badly
+        greys = as_bytes(((tile(rows) + 1) * 3.5).round() / 3.5 - 1)  # 8 greys: noise compresses badly
         pixels = greys.repeat_interleave(ZOOM, 0).repeat_interleave(ZOOM, 1)
         picture = Image.new("L", (pixels.shape[1], pixels.shape[0] + 14), 255)
         picture.paste(Image.fromarray(pixels.numpy()), (0, 14))

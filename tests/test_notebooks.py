@@ -8,19 +8,15 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def test_there_are_three_run_from_top_to_bottom_and_small():
-    assert [path.stem for path in NOTEBOOKS] == ["diffusion", "inference", "train"]
-    for path in NOTEBOOKS:
-        assert path.stat().st_size < 600_000, path
-        cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), path
-        outputs = [output for cell in cells for output in cell.outputs]
-        assert not any(output.output_type == "error" for output in outputs)
-        assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path, monkeypatch):
+    """In its own folder, as Jupyter and `jupyter execute` run it; each picture of the committed one appears."""
     monkeypatch.setenv("DIT_SHORT", "1")
-    NotebookClient(nbformat.read(path, as_version=4), timeout=300, resources={"metadata": {"path": path.parent}}).execute()
+    committed, ran = (nbformat.read(path, as_version=4) for _ in range(2))
+    NotebookClient(ran, timeout=300, resources={"metadata": {"path": path.parent}}).execute()
+    assert pictures(ran) == pictures(committed) > 1
+
+
+def pictures(notebook) -> int:
+    return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
