@@ -36,7 +36,7 @@ SHORTER = {  # options that make a command short; the last one counts
     "benchmarks.sampling": ["--hidden-size", "16", "--depth", "1", "--rounds", "1"],
 }
 ELSEWHERE = {  # commands that no option makes short, and the tests that run them in part
-    "--scaling": "tests/test_benchmarks.py::test_scaling_picture",
+    "--scaling": "tests/test_benchmarks.py::test_step_times_of_the_family",
     "--nnodes": "tests/test_distributed.py::test_two_machines_and_the_death_of_one_of_their_processes",
     "experiments.runs": "tests/test_experiments.py::test_one_row_per_measurement",
     "experiments.figures": "tests/test_experiments.py::test_every_picture_is_drawn_from_the_table",
