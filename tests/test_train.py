@@ -4,7 +4,7 @@ import csv
 import math
 import os
 import signal
-from dataclasses import fields, replace
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -74,10 +74,9 @@ def folders(tmp_path):
 # The parts of the loop
 
 def test_learning_rate():
-    constant, cosine = TrainConfig(lr=0.5), TrainConfig(lr=1.0, lr_schedule="cosine")
+    cosine = TrainConfig(lr=1.0, lr_schedule="cosine")
     warm, both = (TrainConfig(lr=1.0, warmup_steps=4, lr_schedule=schedule) for schedule in ("constant", "cosine"))
-    assert [train.learning_rate(step, 100, constant) for step in (0, 50, 99)] == [0.5, 0.5, 0.5]
-    assert [train.learning_rate(step, 100, warm) for step in (0, 1, 3, 4)] == [0.25, 0.5, 1.0, 1.0]
+    assert [train.learning_rate(step, 100, warm) for step in (0, 1, 3, 99)] == [0.25, 0.5, 1.0, 1.0]
     assert [train.learning_rate(step, 100, cosine) for step in (0, 50)] == pytest.approx([1, 0.5])
     assert train.learning_rate(99, 100, cosine) < 0.001
     assert train.learning_rate(1, 4, both) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)) / 2)
@@ -140,8 +139,7 @@ def test_a_run_as_its_user_starts_it(tmp_path):
 
 
 def test_it_learns(tmp_path, train_tiny):
-    status, _, err = train_tiny(tmp_path, "--epochs", 12, "--lr", 0.01, "--ema-decay", 0.9, "--optimizer", "muon")
-    assert status == 0, err
+    assert train_tiny(tmp_path, "--epochs", 12, "--lr", 0.01, "--ema-decay", 0.9, "--optimizer", "muon")[0] == 0
     losses = [float(row["test_loss"]) for row in rows(tmp_path)]
     assert len(losses) == 12 and losses[-1] < 0.6 < losses[0]
 
@@ -189,13 +187,12 @@ def test_training_loss_is_the_mean_of_the_epoch(tmp_path, train_tiny, monkeypatc
 def test_what_another_run_made_is_kept(tmp_path, train_tiny):
     for name in FILES | {"model.old-1.pth"}:
         (tmp_path / name).write_text(f"precious {name}")
-    status, out, err = train_tiny(tmp_path)
-    assert status == 0, err
-    assert "model.resume.pth is of another run and kept as" in out and "model.pth is another run's" in out
-    for name in FILES | {"model.old-1.pth"}:
-        stem, suffix = name.rsplit(".", 1)
-        kept = {"model.pth": "model.old-2.pth", "model.old-1.pth": name}.get(name, f"{stem}.old-1.{suffix}")
-        assert (tmp_path / kept).read_text() == f"precious {name}"
+    status, out, _ = train_tiny(tmp_path)
+    assert status == 0 and "model.resume.pth is of another run" in out and "model.pth is another run's" in out
+    kept = {path.name: path.read_text() for path in tmp_path.glob("*.old-*")}
+    assert kept == {"model.old-1.pth": "precious model.old-1.pth", "model.old-2.pth": "precious model.pth"} | {
+        name: f"precious {name.replace('.old-1', '')}"
+        for name in ("model.resume.old-1.pth", "loss.old-1.csv", "loss.old-1.png", "samples.old-1.png")}
     assert load_model(tmp_path / "model.pth")[1]["step"] == 3
 
 
@@ -371,27 +368,18 @@ def test_a_bug_is_not_hidden(tmp_path, train_tiny, monkeypatch):
 
 @pytest.mark.parametrize(("options", "words"), [
     (("--epochs", "0"), "epochs must lie in [1, 1000000], not 0"),
-    (("--batch-size", "-5"), "batch_size must lie in [1, 60000], not -5"),
     (("--limit", "100", "--batch-size", "101"), "batch_size 101 is more than the 100 images"),
     (("--lr", "nan"), "lr must be positive and finite"),
-    (("--lr", "0"), "lr must be positive and finite"),
     (("--lr", "fast"), "invalid float value: 'fast'"),
-    (("--loss", "huber"), "invalid choice: 'huber'"),
     (("--block", "adaln-zero"), "invalid choice: 'adaln-zero'"),
-    (("--ema-decay", "1"), "ema_decay must lie in [0, 1)"),
-    (("--seed", "-1"), "seed must lie in [0, 9223372036854775807], not -1"),
     (("--patch-size", "5"), "patch_size 5 does not divide image_size 28"),
-    (("--hidden-size", "30"), "num_heads 4 does not divide hidden_size 30"),
     (("--image-size", "24"), "image_size must be even and at least 28"),
     (("--model", "DiT-S/3"), "invalid choice: 'DiT-S/3'"),
     (("--device", "abacus"), "device 'abacus' cannot be used here"),
-    (("--device", "meta"), "device 'meta' cannot be used here"),
-    (("--learning-rate", "1"), "unrecognized arguments"),
     (("stray",), "unrecognized arguments: stray"),
     (("--checkpoint", "nowhere/model.pth"), "there is no folder"),
     (("--checkpoint", "."), "is a directory"),
     (("--checkpoint", ""), "is a directory"),
-    (("--checkpoint", "loss.csv/../loss.csv"), "there is no folder"),
 ])
 def test_bad_arguments(tmp_path, monkeypatch, refused, options, words):
     monkeypatch.chdir(tmp_path)
@@ -406,14 +394,11 @@ def test_nothing_to_resume_and_no_data(tmp_path, refused):
     assert not content(tmp_path)
 
 
-def test_every_field_of_the_recipe_is_an_option_with_its_default(call, tmp_path, monkeypatch):
+def test_without_options_it_is_the_recipe(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with mock.patch.object(train, "train") as started:
         assert call(train.main, "--device", "cpu")[0] == 0
     assert started.call_args.args[0] == TrainConfig(device="cpu")
-    offered = {action.dest for action in train.make_parser()._actions}
-    fixed = {"model", "in_channels", "num_classes"}  # MNIST's
-    assert {field.name for config in (TrainConfig, ModelConfig) for field in fields(config)} - fixed <= offered
 
 
 @pytest.mark.parametrize("name", ["DiT-S/4", "XL/7"])
