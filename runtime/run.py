@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -22,7 +22,8 @@ from runtime.distributed import Ranks
 from runtime.pictures import as_bytes, loss_curve, save_picture, show
 from runtime.script import Stopped, TrainingError, check_files, lock
 
-MAY_CHANGE = {"epochs", "checkpoint", "checkpoint_every", "data_dir", "device", "compile"}  # in a recipe, on --resume
+# Of a recipe, on --resume. The fields of the network, which is its "model", are compared one by one.
+MAY_CHANGE = {"epochs", "checkpoint", "checkpoint_every", "data_dir", "device", "compile", "model"}
 STATE = {"recipe": dict, "weights": dict, "ema": dict, "optimizers": list, "step": int, "curve": list, "samples": list,
          "seconds": float, "loss_sum": Tensor, "order": Tensor, "noise": Tensor, "threads": int}
 STOP_SIGNALS = [number for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "ALRM", "VTALRM", "PROF", "IO", "PWR",
@@ -66,10 +67,7 @@ class Run:
         self.exit.close()
 
     def _note(self, number: int, frame) -> None:
-        """Only noted, so that the current step is finished. A second Ctrl-C acts at once.
-
-        Not within two seconds: torchrun and timeout pass on what a terminal has sent to all processes already.
-        """
+        """Noted, so that the current step is finished. A later Ctrl-C acts at once; torchrun and timeout send one twice."""
         if not self.signal:
             self.signal, self.signal_time = number, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self.signal_time > 2:
@@ -95,14 +93,13 @@ class Run:
                                     f"{self.total_steps}")
             if self.ranks.leads:
                 self.files.keep_another_runs(self.curve)
+                self.files.save_weights(self.ema, self.step)  # a crash may have come between the state and these
+                print(f"resumed at step {self.step} of {self.total_steps}")
+                if state["threads"] != torch.get_num_threads():
+                    print(f"with {torch.get_num_threads()} threads and not {state['threads']}, which add in another order: "
+                          "the last bits may differ")
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.files.state} does not fit this run: {printable(error)}") from error
-        if self.ranks.leads:
-            self.files.save_weights(self.ema, self.step)  # a crash may have come between the state and these
-            print(f"resumed at step {self.step} of {self.total_steps}")
-            if state["threads"] != torch.get_num_threads():
-                print(f"with {torch.get_num_threads()} threads and not {state['threads']}, which add in another order: the "
-                      "last bits may differ")
 
     def state(self) -> dict:
         """What model.resume.pth keeps; `_restore` takes it back."""
@@ -121,10 +118,9 @@ class Run:
         self.started -= state["seconds"]
         self.loss_sum.copy_(state["loss_sum"])
         self.order.set_state(state["order"])
-        if len(state["noise"]) == len(self.noise.get_state()):
+        self.noise.manual_seed(self.cfg.seed + self.step)
+        if len(state["noise"]) == len(self.noise.get_state()):  # else it is of another kind of device
             self.noise.set_state(state["noise"])
-        else:  # of another kind of device
-            self.noise.manual_seed(self.cfg.seed + self.step)
 
     def epochs(self) -> Iterator[int]:
         """The numbers of the epochs that are not complete."""
@@ -197,8 +193,7 @@ class RunFiles:
             self.weights.parent / name
             for name in (f"{stem}.resume{suffix}", f"{prefix}loss.csv", f"{prefix}loss.png", f"{prefix}samples.png"))
         check_files([self.weights, self.state, self.csv, self.png, self.samples])
-        self.pictures_failed = False
-        self.picture_time = -math.inf
+        self.pictures_failed, self.picture_time = False, -math.inf
 
     def load_state(self, model: DiT) -> dict:
         """The content of model.resume.pth. CheckpointError if it does not fit the model, or is of another recipe."""
@@ -208,8 +203,7 @@ class RunFiles:
         defaults = asdict(TrainConfig()) | asdict(ModelConfig())  # which options had before they existed
         before = defaults | content["recipe"] | content["recipe"]["model"]
         now = asdict(self.cfg) | asdict(self.cfg.model)
-        changed = [name for name in now | before
-                   if name not in {*MAY_CHANGE, "model"} and before.get(name) != now.get(name)]
+        changed = [name for name in now | before if name not in MAY_CHANGE and before.get(name) != now.get(name)]
         if changed:
             differences = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
             raise CheckpointError(f"{self.state} belongs to another recipe: {differences}; resume with the options that "
@@ -273,7 +267,5 @@ def csv_lines(curve: list[dict]) -> list[str]:
 
 def _kept_name(path: Path) -> Path:
     """The first free name of model.old-1.pth, model.old-2.pth, ..."""
-    number = 1
-    while (name := path.with_name(f"{path.stem}.old-{number}{path.suffix}")).exists():
-        number += 1
-    return name
+    names = (path.with_name(f"{path.stem}.old-{number}{path.suffix}") for number in count(1))
+    return next(name for name in names if not name.exists())
