@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +79,8 @@ def trained_classifier(file: Path, train_set: Digits, epochs: int = EPOCHS) -> C
             check_weights(file, weights, classifier)
             classifier.load_state_dict(weights)
             return classifier.eval()
-        check_files([file])  # before minutes of work
+        if not os.access(file.parent, os.W_OK):  # before minutes of work
+            raise OSError(f"{file} cannot be written: copy the data to another directory, and name that with --data-dir")
         order = torch.Generator().manual_seed(0)
         batches = [index for _ in range(epochs) for index in train_set.batches(BATCH_SIZE, order)]
         optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.01)
@@ -188,16 +190,18 @@ def nll_bound(model: DiT, digits: Digits, seed: int = 0) -> float:
 
 def measure(args: argparse.Namespace) -> None:
     """What the command line asks for. CheckpointError, DataError or OSError with a sentence."""
+    data_dir = beside_the_scripts(args.data_dir)
+    check_files([args.json], [data_dir / "classifier.pth", *data_dir.glob("MNIST/raw/*")])
     model = load_sampling_model(args)
-    train_set, test_set = (load_mnist(train, args.data_dir, args.device) for train in (True, False))
-    classifier = trained_classifier(args.classifier, train_set)
+    train_set, test_set = (load_mnist(train, data_dir, args.device) for train in (True, False))
+    classifier = trained_classifier(data_dir / "classifier.pth", train_set)
     generated = sample_images(model, args.n, args.seed, sampler=args.sampler, steps=args.steps, eta=args.eta,
                               guidance=args.guidance)
     results = evaluate(*generated, classifier, train_set, test_set)
     if args.bpd:
-        some = load_mnist(False, args.data_dir, args.device, args.bpd, model.config.image_size)
+        some = load_mnist(False, data_dir, args.device, args.bpd, model.config.image_size)
         results["NLL bound, bits/dim"] = {"real": nll_bound(model, some, args.seed)}
-    source = f"{args.checkpoint}: {args.n:,} images, {args.described}; real ones of {args.data_dir}"
+    source = f"{args.checkpoint}: {args.n:,} images, {args.described}; real ones of {data_dir}"
     if args.json:
         write_atomically(args.json, lambda path: path.write_text(json.dumps({"source": source, **results}, indent=1)))
     print(source)
@@ -215,12 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         help="measure the NLL bound of N test images too, by default of all: 1000 evaluations each, without guidance")
     add("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parser.parse_args(argv)
-    args.data_dir = beside_the_scripts(args.data_dir)
-    args.classifier = args.data_dir / "classifier.pth"
-    check_options(parser, args, [args.json], [args.classifier, *args.data_dir.glob("MNIST/raw/*")])
-    for name, least, most in (("n", 100, 20_000), ("bpd", 0, MNIST_TEST_IMAGES)):
-        if not least <= getattr(args, name) <= most:
-            parser.error(f"argument --{name}: must lie in [{least}, {most}], not {getattr(args, name)}")
+    check_options(parser, args, [args.json], n=(100, 20_000), bpd=(0, MNIST_TEST_IMAGES))
     keep_freed_memory()
     return exit_status(parser, lambda: measure(args))
 

@@ -30,8 +30,6 @@ from runtime.pictures import denser_at_the_end, fits, save_animation, save_pictu
 from runtime.script import check_files, exit_status, positive_int, run_script
 from runtime.speed import keep_freed_memory
 
-FRAMES = 31  # of the animation
-
 
 def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm", steps: int | None = None,
              eta: float = 0.0, guidance: float = GUIDANCE, seed: int = 0,
@@ -78,7 +76,7 @@ def sample_pictures(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("the picture is too large: try fewer --digits, --per-digit or --columns")
     all_times = [*(GaussianDiffusion(T).respaced(args.steps).timesteps.flip(0) + 1).tolist(), 0]
     times = denser_at_the_end(all_times, args.columns)
-    frames = denser_at_the_end(all_times, FRAMES) if args.gif else []
+    frames = denser_at_the_end(all_times, 31) if args.gif else []
     kept = {}  # t -> x_t
     with tqdm(total=args.steps, unit="step", mininterval=0.5) as bar:
 
@@ -128,12 +126,13 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, outputs: Sequence[Path | None],
-                  inputs: Sequence[Path] = ()) -> None:
+                  **ranges: tuple[float, float]) -> None:
     """Exit with a sentence if an option or a file cannot be used. Completes the arguments."""
     if [] in vars(args).values():
         parser.error("an option lacks its value")  # before Python 3.13, argparse reads --steps=-- as an empty list
     args.steps = STEPS[args.sampler] if args.steps is None else args.steps
-    for name, least, most in (("steps", 1, T), ("eta", 0, 1), ("guidance", 0, 100), ("seed", 0, 2**63 - 1)):
+    ranges |= {"steps": (1, T), "eta": (0, 1), "guidance": (0, 100), "seed": (0, 2**63 - 1)}
+    for name, (least, most) in ranges.items():
         if not least <= getattr(args, name) <= most:
             parser.error(f"argument --{name}: must lie in [{least}, {most}], not {getattr(args, name)}")
     if args.eta and args.sampler != "ddim":
@@ -141,7 +140,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, out
     args.described = f"{args.sampler}, {args.steps} steps, eta {args.eta:g}, guidance {args.guidance:g}, seed {args.seed}"
     args.checkpoint = beside_the_scripts(args.checkpoint)
     try:
-        check_files(outputs, [args.checkpoint, *inputs])
+        check_files(outputs, [args.checkpoint])
         args.device = pick_device(args.device)
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -1,16 +1,14 @@
 """The benchmarks run, and count the arithmetic that there is."""
 
-from functools import partial
-
 import pytest
 import torch
-from conftest import ROOT
+from PIL import Image
 
-from benchmarks import measure, quality, sampling, training
+from benchmarks import measure, sampling, training
 from config import ModelConfig
-from dataset import load_mnist
 from dit import DiT
-from evaluate import Recogniser
+
+SMALL = ["--hidden-size", "16", "--depth", "1", "--batch-size", "8", "--rounds", "1", "--device", "cpu"]
 
 
 def test_arithmetic_of_the_network():
@@ -29,40 +27,14 @@ def test_medians_are_of_what_was_called():
     assert calls.count("a") == calls.count("b") == 3 * 4 + measure.WARM_UP
 
 
-SMALL = ["--hidden-size", "16", "--depth", "1", "--rounds", "1", "--device", "cpu"]
+@pytest.mark.parametrize(("benchmark", "options"), [(training, []), (sampling, []), (sampling, ["--guidance", "2"])])
+def test_both_kinds_are_compared_with_the_roofline(benchmark, options, capsys):
+    benchmark.main([*SMALL, *options])
+    assert capsys.readouterr().out.count("x roofline") == 2
 
 
-@pytest.mark.slow
-def test_training_benchmark(capsys):
-    training.main(["--batch-size", "8", *SMALL])
-    out = capsys.readouterr().out
-    assert "plain" in out and "compiled" in out and out.count("x floor") == 2
-
-
-def test_scaling_picture(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "FAMILY", [(16, 1, 7), (16, 1, 4)])
-    monkeypatch.setattr(training, "compiled", lambda model, *batch: model)
-    training.main(["--batch-size", "8", "--scaling", str(tmp_path / "scaling.png"), *SMALL])
-    assert capsys.readouterr().out.count("x floor") == 2 and (tmp_path / "scaling.png").stat().st_size > 5000
-
-
-@pytest.mark.parametrize("guidance", ["1", "2"])
-def test_sampling_benchmark(guidance, capsys):
-    sampling.main(["--batch-size", "3", "--guidance", guidance, *SMALL])
-    out = capsys.readouterr().out
-    assert "plain" in out and "generate" in out and out.count("x floor") == 2
-
-
-@pytest.mark.parametrize("what", ["steps", "guidance"])
-def test_quality_pictures(what, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(quality, "trained_recogniser", lambda *arguments: Recogniser().eval())
-    monkeypatch.setattr(quality, "STEP_COUNTS", (1, 2))
-    monkeypatch.setattr(quality, "STRENGTHS", (1.0, 2.0))
-    monkeypatch.setattr("inference.compiled", lambda model, *batch: model)
-    monkeypatch.setattr(quality, "load_mnist", partial(load_mnist, limit=200))
-    quality.main([what, str(tmp_path / "picture.png"), "--n", "100", "--device", "cpu"])
-    rows = (tmp_path / "picture.csv").read_text().splitlines()
-    assert rows[0] == "sampler,steps,guidance,accuracy,Frechet distance,precision,coverage"
-    assert len(rows) == (6 if what == "steps" else 4) and rows[-1].startswith("real images,,,")
-    assert (tmp_path / "picture.png").stat().st_size > 5000
+def test_step_times_of_the_family(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "FAMILY", {name: ModelConfig(hidden_size=16, depth=1, patch_size=int(name[-1]))
+                                             for name in ("S/7", "S/4")})
+    training.main([*SMALL, "--scaling", str(tmp_path / "step_time.png")])
+    assert Image.open(tmp_path / "step_time.png").size == (768, 512)

@@ -1,7 +1,9 @@
-"""The measures measured: real against real is near the floor, and every kind of harm is seen."""
+"""The metrics: their definitions, real against real, and every kind of harm is seen."""
 
 import json
 import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -12,9 +14,8 @@ import evaluate
 from config import T
 from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion
-from evaluate import Recogniser, copied_share, frechet_distance, nearest_two, shaken, spread, trained_recogniser
-from runtime.checkpoint import load_model, save_checkpoint
-from vlb import bits_per_dimension
+from evaluate import Classifier, augmented, coverage_figures, fid, memorised, nll_bound, trained_classifier
+from runtime.checkpoint import CheckpointError, load_model, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -23,213 +24,147 @@ def data():
 
 
 @pytest.fixture(scope="module")
-def judge(data, tmp_path_factory) -> Recogniser:
+def classifier(data, tmp_path_factory) -> Classifier:
     """Three epochs on a few of the images: enough to tell digits apart."""
-    return trained_recogniser(tmp_path_factory.mktemp("judge") / "recogniser.pth", data[0], epochs=3)
+    return trained_classifier(tmp_path_factory.mktemp("data") / "classifier.pth", data[0], epochs=3)
 
 
-def distance(judge, data, images):
-    return frechet_distance(judge, data[1][:][0], images)
-
-
-# The judge
+# The classifier
 
 @pytest.mark.slow
-def test_the_recogniser_reads_digits_and_is_kept(judge, data, tmp_path):
-    file = tmp_path / "recogniser.pth"
-    save_checkpoint(file, {"recogniser": judge.state_dict()})
-    again = trained_recogniser(file, data[0])
+def test_the_classifier_reads_digits_and_is_kept(classifier, data, tmp_path):
+    file = tmp_path / "classifier.pth"
+    save_checkpoint(file, {"classifier": classifier.state_dict()})
     images, labels = data[1][:]
-    assert torch.equal(again(images), judge(images))
-    share, each = evaluate.accuracy(judge, images, labels)
-    assert share > 0.9 and min(each) > 0.7
-    assert share == pytest.approx((judge(images).argmax(1) == labels).float().mean().item())
-    wrong, _ = evaluate.accuracy(judge, images, (labels + 1) % 10)
-    assert wrong < 0.05
+    assert torch.equal(trained_classifier(file, data[0])(images), classifier(images))
+    share, worst = evaluate.accuracy(classifier, images, labels)
+    assert share > 0.9 and 0.7 < worst < share
+    assert evaluate.accuracy(classifier, images, (labels + 1) % 10)[0] < 0.05
 
 
-def test_shaken_images_stay_digits_on_black(data):
+def test_a_file_that_holds_no_classifier_is_refused(tmp_path, data):
+    weights = Classifier().state_dict()
+    for entries in ({"ema": {}}, {"classifier": {}}, {"classifier": {**weights, "head.bias": torch.zeros(9)}},
+                    {"classifier": {**weights, "head.bias": torch.full((10,), torch.nan)}}):
+        save_checkpoint(tmp_path / "classifier.pth", entries)
+        with pytest.raises(CheckpointError, match="classifier"):
+            trained_classifier(tmp_path / "classifier.pth", data[0])
+
+
+def test_where_the_classifier_cannot_be_kept_it_is_not_trained(tmp_path, monkeypatch, data):
+    monkeypatch.setattr(evaluate, "augmented", None)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(OSError, match="--data-dir"):
+        trained_classifier(tmp_path / "classifier.pth", data[0])
+
+
+def test_augmented_images_stay_digits_on_black(data):
     images = data[0][:100][0]
-    moved = shaken(images)
+    moved = augmented(images)
     assert moved.shape == images.shape and moved.min() >= -1 and moved.max() <= 1
-    assert not torch.equal(moved, images)
-    assert (moved[:, :, 0, 0] == -1).all()
+    assert not torch.equal(moved, images) and (moved[:, :, 0, 0] == -1).all()
     assert moved.mean().item() == pytest.approx(images.mean().item(), abs=0.05)
 
 
-# The Frechet distance
+# The metrics
 
-def test_frechet_distance_of_gaussians_is_the_closed_form():
+def test_fid_of_gaussians_is_the_closed_form():
     """|m - m'|^2 + sum (s_i - s'_i)^2 for normal features with diagonal covariances."""
-    class Plain(Recogniser):
+    class Plain(Classifier):
         def features(self, images):
             return images.flatten(1)[:, :128]
 
-    judge, generator = Plain(), torch.Generator().manual_seed(0)
-    scale = torch.linspace(0.5, 2, 784)
+    scale, generator = torch.linspace(0.5, 2, 784), torch.Generator().manual_seed(0)
     a, b = (torch.randn(20_000, 784, generator=generator) for _ in range(2))
-    got = frechet_distance(judge, a.reshape(-1, 1, 28, 28), (b * scale + 0.3).reshape(-1, 1, 28, 28))
-    expected = 128 * 0.3**2 + ((1 - scale[:128]) ** 2).sum().item()
-    assert got == pytest.approx(expected, rel=0.05)
+    got = fid(Plain(), a.reshape(-1, 1, 28, 28), (b * scale + 0.3).reshape(-1, 1, 28, 28))
+    assert got == pytest.approx(128 * 0.3**2 + ((1 - scale[:128]) ** 2).sum().item(), rel=0.05)
 
 
 @pytest.mark.slow
-def test_frechet_distance_of_real_images_is_the_floor_and_grows_with_harm(judge, data):
-    real = data[0][:1000][0]
-    labels = data[0].labels[:1000]
+def test_fid_grows_with_every_harm(classifier, data):
+    (real, labels), test = data[0][:1000], data[1][:][0]
+    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
+
+    def blurred(images):
+        return F.conv2d(F.pad(images, (1, 1, 1, 1), value=-1), torch.ones(1, 1, 3, 3) / 9)
+
+    least = fid(classifier, test, real)
+    assert abs(fid(classifier, test, test)) < 1e-3 < least
+    for less, more in ((blurred(real), blurred(blurred(real))),
+                       ((real + 0.3 * noise).clamp(-1, 1), (real + 0.8 * noise).clamp(-1, 1)),
+                       (torch.roll(real, 3, dims=3), torch.roll(real, 6, dims=3)),
+                       (real[labels != 3], real[labels > 4])):
+        assert least * 1.2 < fid(classifier, test, less) < fid(classifier, test, more)
+
+
+def test_coverage_figures_of_the_same_distribution_of_a_poor_and_of_a_narrow_one():
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(real.shape, generator=generator)
-    kernel = torch.ones(1, 1, 3, 3) / 9
-    blurred = F.conv2d(F.pad(real, (1, 1, 1, 1), value=-1), kernel)
-    harms = {
-        "blur": [blurred, F.conv2d(F.pad(blurred, (1, 1, 1, 1), value=-1), kernel)],
-        "noise": [(real + s * noise).clamp(-1, 1) for s in (0.3, 0.8)],
-        "shift": [torch.roll(real, s, dims=3) for s in (3, 6)],
-        "mode dropping": [real[labels != 3], real[labels > 4]],
-    }
-    floor = distance(judge, data, real)
-    assert distance(judge, data, data[1][:][0]) < 1e-3 < floor
-    for name, (less, more) in harms.items():
-        some, much = distance(judge, data, less), distance(judge, data, more)
-        assert floor * 1.2 < some < much, (name, floor, some, much)
-
-
-# Precision, recall, density, coverage
-
-def test_spread_of_the_same_distribution():
-    generator = torch.Generator().manual_seed(0)
-    real, drawn = (torch.randn(1000, 8, generator=generator) for _ in range(2))
-    same = spread(real, drawn)
-    assert same["density"] == pytest.approx(1, abs=0.1)
+    real, other = (torch.randn(1000, 8, generator=generator) for _ in range(2))
+    same, far, narrow = (coverage_figures(real, points) for points in (other, other + 10, other * 0.05))
+    assert same["density"] == pytest.approx(1, abs=0.1) and min(same["precision"], same["recall"]) > 0.8
     # Coverage of the same distribution, Naeem et al. eq. 11: 1 - (N - 1) ... (N - k) / ((2N - 1) ... (2N - k))
     expected = 1 - math.prod((1000 - i) / (2000 - i) for i in range(1, 6))
     assert same["coverage"] == pytest.approx(expected, abs=0.03)
-    assert min(same["precision"], same["recall"]) > 0.8
-
-
-def test_spread_tells_poor_from_unvaried():
-    generator = torch.Generator().manual_seed(0)
-    real = torch.randn(1000, 8, generator=generator)
-    far = spread(real, torch.randn(1000, 8, generator=generator) + 10)
     assert max(far.values()) == 0
-    narrow = spread(real, 0.05 * torch.randn(1000, 8, generator=generator))
     assert narrow["precision"] > 0.95 and narrow["recall"] < 0.05 and narrow["coverage"] < 0.3
 
 
-# Copies
-
-def test_a_repeated_training_set_is_found_to_be_copies(data):
+def test_repeated_training_images_are_memorised(data):
     training, test = data[0][:][0], data[1][:500][0]
-    assert copied_share(training[:500], training) > 0.99
-    assert copied_share((training[:500] + 0.02).clamp(-1, 1), training) > 0.99
-    assert copied_share(test, training) < 0.01
+    assert memorised((training[:500] + 0.02).clamp(-1, 1), training) > 0.99
+    assert memorised(test, training) < 0.01
 
 
-def test_nearest_two_against_a_loop(data):
-    images, training = data[1][:5][0], data[0][:300][0]
-    values, numbers = nearest_two(images, training)
-    for n in range(5):
-        distances = ((training - images[n]) ** 2).sum(dim=(1, 2, 3)).sqrt()
-        nearest = distances.argsort()[:2]
-        assert numbers[n].tolist() == nearest.tolist()
-        torch.testing.assert_close(values[n], distances[nearest], rtol=1e-3, atol=1e-3)
+def test_nll_bound_is_the_sum_of_its_terms(data, tiny_checkpoint):
+    """With other noise: the terms of all t, and the KL of x_T and N(0, I), of one image after the other."""
+    model, diffusion = load_model(tiny_checkpoint)[0], GaussianDiffusion(T)
+    some, t = Digits(data[1].images[:2], data[1].labels[:2]), torch.arange(T)
+    total = 0.0
+    for x_0, y in zip(*some[:], strict=True):
+        x_0, y = x_0.expand(T, 1, 28, 28), y.expand(T)
+        x_t = diffusion.q_sample(x_0, t, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(7)))
+        q_T = torch.distributions.Normal(diffusion.alpha_bar[-1].sqrt() * x_0[0], (1 - diffusion.alpha_bar[-1]).sqrt())
+        prior = torch.distributions.kl_divergence(q_T, torch.distributions.Normal(0, 1)).mean() / math.log(2)
+        total += diffusion.vlb_term(model(x_t, t, y), x_0, x_t, t).sum().item() + prior.item()
+    assert nll_bound(model, some) == pytest.approx(total / 2, rel=0.01)
 
 
 # The script
 
-@pytest.fixture
-def quick(monkeypatch, judge, data):
-    """evaluate.py with a few of the images and the judge of these tests."""
-    monkeypatch.setattr(evaluate, "load_mnist", lambda train, data_dir, device, **settings: data[0] if train else data[1])
-    monkeypatch.setattr(evaluate, "trained_recogniser", lambda file, train_set: judge)
-
-
-def test_bound_is_the_mean_of_the_images(data, tiny_checkpoint):
-    model, _ = load_model(tiny_checkpoint)
-    some = Digits(data[1].images[:4], data[1].labels[:4])
-    expected = bits_per_dimension(GaussianDiffusion(T), model, *some[:], torch.Generator().manual_seed(7)).mean().item()
-    assert evaluate.bound(model, some, seed=7) == pytest.approx(expected, rel=1e-4)
-    assert 1 < expected < 100
-
-
 @pytest.mark.slow
-def test_a_tiny_run(tmp_path, call, quick, tiny_checkpoint):
-    files = {name: tmp_path / name for name in ("results.json", "neighbours.png", "drawn.pt")}
-    status, out, err = call(evaluate.main, "--checkpoint", tiny_checkpoint, "--n", 150, "--sampler", "ddim", "--steps", 2,
-                            "--device", "cpu", "--json", files["results.json"], "--neighbours", files["neighbours.png"],
-                            "--save-images", files["drawn.pt"])
-    assert status == 0, err
-    results = json.loads(files["results.json"].read_text())
-    source = results.pop("source")
-    assert out.startswith(source)
-    assert source == f"{tiny_checkpoint}: 150 images, ddim, 2 steps, eta 0, seed 0, guidance 1.5"
-    assert set(results) >= {"accuracy", "accuracy of 7", "Frechet distance", "precision", "recall", "density", "coverage",
-                            "copies"}
-    for name, row in results.items():
-        assert f"{name:18}{row['drawn']:10.4f}{row['real']:10.4f}" in out
-    assert results["Frechet distance"]["drawn"] > 3 * results["Frechet distance"]["real"]  # noise is no digit
-    drawn = torch.load(files["drawn.pt"], weights_only=True)
-    assert drawn["images"].shape == (150, 1, 28, 28) and drawn["images"].abs().max() <= 1
-    assert drawn["labels"].bincount().tolist() == [15] * 10
-
-    status, again, err = call(evaluate.main, "--images", files["drawn.pt"], "--device", "cpu")
-    assert status == 0, err
-    assert again.splitlines()[1:] == out.splitlines()[1:] and again.startswith(f"{files['drawn.pt']}: 150 images\n")
-
-
-@pytest.mark.slow
-def test_real_images_are_measured_as_real(tmp_path, call, quick, data):
-    images, labels = data[0][2000:3000]
-    save_checkpoint(tmp_path / "real.pt", {"images": images, "labels": labels})
-    status, _, err = call(evaluate.main, "--images", tmp_path / "real.pt", "--device", "cpu", "--json", tmp_path / "r.json")
-    assert status == 0, err
-    results = json.loads((tmp_path / "r.json").read_text())
-    assert results["accuracy"]["drawn"] > 0.9
-    assert results["Frechet distance"]["drawn"] < 2 * results["Frechet distance"]["real"]
-    assert results["coverage"]["drawn"] == pytest.approx(results["coverage"]["real"], abs=0.05)
-    assert results["copies"]["drawn"] > 0.99  # of the training set, and found to be
-
-
-@pytest.mark.parametrize("entries", [
-    {"images": torch.zeros(5, 28, 28), "labels": torch.zeros(5, dtype=torch.long)},
-    {"images": torch.zeros(5, 1, 28, 28), "labels": torch.zeros(4, dtype=torch.long)},
-    {"images": torch.zeros(5, 1, 28, 28), "labels": torch.full((5,), 10)},
-    {"images": torch.full((5, 1, 28, 28), torch.nan), "labels": torch.zeros(5, dtype=torch.long)},
-    {"images": torch.zeros(5, 1, 28, 28)},
-    {"images": torch.zeros(100, 1, 28, 28), "labels": torch.arange(100) % 10, "dataset": "letters"},
-], ids=["shape", "count", "label", "nan", "none", "dataset"])
-def test_files_that_hold_no_images(tmp_path, monkeypatch, refused, entries):
-    monkeypatch.setattr(evaluate, "trained_recogniser", lambda *args: Recogniser().eval())
-    save_checkpoint(tmp_path / "bad.pt", entries)
-    before = content(tmp_path)
-    words = "no data set 'letters'" if "dataset" in entries else "bad.pt"
-    refused(evaluate.main, 1, words, "--images", tmp_path / "bad.pt", "--device", "cpu", "--json", tmp_path / "r.json")
-    assert content(tmp_path) == before
-
-
-def test_a_bound_and_images_of_another_data_set(tmp_path, refused, tiny_checkpoint):
-    images = tmp_path / "drawn.pt"
-    save_checkpoint(images, {"images": torch.zeros(100, 1, 28, 28), "labels": torch.arange(100) % 10, "dataset": "kmnist"})
-    refused(evaluate.main, 1, "holds images of kmnist", "--images", images, "--bpd", 10, "--checkpoint", tiny_checkpoint,
-            "--device", "cpu")
-
-
-@pytest.mark.parametrize(("options", "words"), [
-    (("--n", 99), "argument --n: must lie in [100, 20000], not 99"), (("--n", 0), "must be at least 1"),
-    (("--json", "nowhere/r.json"), "there is no folder nowhere"), (("--neighbours", "a.txt"), "must end in .png"),
-    (("--steps", 1001), "argument --steps"), (("--n=--",), "lacks its value"),
-])
-def test_bad_arguments(tmp_path, monkeypatch, refused, options, words):
+def test_a_run_without_data_here_takes_that_of_the_project(tmp_path, monkeypatch, call, classifier, data, tiny_checkpoint):
     monkeypatch.chdir(tmp_path)
-    refused(evaluate.main, 2, words, *options)
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(evaluate, "load_mnist", lambda train, folder, *rest: load_mnist(train, folder, "cpu", 1000))
+    monkeypatch.setattr(evaluate, "trained_classifier", lambda *arguments: classifier)
+    status, out, err = call(evaluate.main, "--checkpoint", tiny_checkpoint, "--n", 150, "--sampler", "ddim", "--steps", 2,
+                            "--device", "cpu", "--json", "results.json")
+    assert status == 0 and str(ROOT / "mnist") in out, err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results.pop("source") in out
+    assert results["FID"]["generated"] > 3 * results["FID"]["real"]  # noise is no digit
+    assert all(f"{figure['generated']:.4f}" in out and f"{figure['real']:.4f}" in out for figure in results.values())
+
+
+def test_an_output_is_no_input(tmp_path, monkeypatch, refused, tiny_checkpoint):
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    shutil.copytree(ROOT / "mnist" / "MNIST" / "raw", raw)
+    save_checkpoint(tmp_path / "data" / "classifier.pth", {"classifier": Classifier().state_dict()})
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tiny_checkpoint, "model.pth")
+    os.link("model.pth", "hard.json")
+    os.symlink(raw / "t10k-labels-idx1-ubyte.gz", "soft.json")
+    before = [content(folder) for folder in (tmp_path, tmp_path / "data", raw)]
+    for output, status in (("data/../model.pth", 2), ("hard.json", 2), ("soft.json", 1), ("data/classifier.pth", 1),
+                           (raw / "train-images-idx3-ubyte.gz", 1)):
+        refused(evaluate.main, status, "one file", "--device", "cpu", "--data-dir", "data", "--json", output)
+    assert [content(folder) for folder in (tmp_path, tmp_path / "data", raw)] == before
 
 
 @pytest.mark.slow
-def test_the_kept_recogniser_is_good_enough():
+def test_the_kept_classifier_is_good_enough():
     """The one that evaluate.py trains at its first use on all images, if it has been used."""
-    file = ROOT / "mnist" / "recogniser.mnist.pth"
+    file = ROOT / "mnist" / "classifier.pth"
     if not file.exists():
         pytest.skip("evaluate.py has not been run here")
     train_set, test_set = load_mnist(True, ROOT / "mnist"), load_mnist(False, ROOT / "mnist")
-    assert evaluate.accuracy(trained_recogniser(file, train_set), *test_set[:])[0] >= 0.995
+    assert evaluate.accuracy(trained_classifier(file, train_set), *test_set[:])[0] >= 0.995

@@ -178,18 +178,6 @@ def test_torchs_default_dtype_does_not_matter(tiny_checkpoint, dtype):
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    (("--digits", 3, 10), "--digits"), (("--per-digit", 0), "--per-digit"), (("--columns", 0), "--columns"),
-    (("--steps", 1001), "--steps"), (("--steps", 0), "--steps"), (("--sampler", "euler"), "--sampler"),
-    (("--eta", 0.5), "--eta"), (("--sampler", "ddim", "--eta", "nan"), "--eta"), (("--guidance", "inf"), "--guidance"),
-    (("--seed", -1), "--seed"), (("--device", "abacus"), "abacus"), (("--output", "digits.txt"), "digits.txt"),
-    (("--output", "nowhere/digits.png"), "nowhere"), (("--gif", "digits.png"), "digits.png"), (("--gi", "a.gif"), "--gi")])
-def test_bad_arguments(tmp_path, monkeypatch, refused, tiny_checkpoint, options, words):
-    monkeypatch.chdir(tmp_path)
-    refused(inference.main, 2, words, "--checkpoint", tiny_checkpoint, *options)
-    assert not os.listdir()
-
-
 @pytest.mark.parametrize("settings", [{"in_channels": 3}, {"image_size": 35, "patch_size": 5}, {"class_dropout_prob": 0.0}],
                          ids=str)
 def test_networks_that_cannot_sample_so(tmp_path, refused, settings):
