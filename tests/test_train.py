@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import signal
+import time
 from dataclasses import replace
 from unittest import mock
 
@@ -207,6 +208,16 @@ def test_a_signal_stops_after_saving(tmp_path, train_tiny, monkeypatch, number):
     assert status == 128 + number and "stopped at step 2 of 3" in out
     assert load_model(tmp_path / "model.pth")[1]["step"] == 2
     assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_acts_at_once(tmp_path, train_tiny, monkeypatch):
+    def interrupt_twice(step, *batch):
+        for seconds in (2.1, 0) if step == 2 else ():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(seconds)
+
+    watch_loss(monkeypatch, interrupt_twice)
+    assert train_tiny(tmp_path)[0] == 130 and not content(tmp_path)
 
 
 def test_a_signal_that_was_ignored_stays_ignored(tmp_path, train_tiny, monkeypatch):
