@@ -182,7 +182,8 @@ def nll_bound(model: DiT, digits: Digits, seed: int = 0) -> float:
         terms = prior.flatten(1).mean(dim=1) / math.log(2)  # (N,)
         for time in range(T):
             t = torch.full_like(y, time)
-            x_t = diffusion.q_sample(x_0, t, torch.randn(x_0.shape, generator=generator, device=x_0.device))
+            eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+            x_t = diffusion.q_sample(x_0, t, eps)
             terms = terms + diffusion.vlb_term(network(x_t, t, y), x_0, x_t, t)
         total += terms.sum().item()
     return total / len(digits)

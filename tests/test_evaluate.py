@@ -126,7 +126,13 @@ def test_nll_bound_is_the_sum_of_its_terms(data, tiny_checkpoint):
         q_T = torch.distributions.Normal(diffusion.alpha_bar[-1].sqrt() * x_0[0], (1 - diffusion.alpha_bar[-1]).sqrt())
         prior = torch.distributions.kl_divergence(q_T, torch.distributions.Normal(0, 1)).mean() / math.log(2)
         total += diffusion.vlb_term(model(x_t, t, y), x_0, x_t, t).sum().item() + prior.item()
-    assert nll_bound(model, some) == pytest.approx(total / 2, rel=0.01)
+    bound = nll_bound(model, some)
+    assert bound == pytest.approx(total / 2, rel=0.01)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert nll_bound(model, some) == bound
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # The script
