@@ -69,13 +69,12 @@ class TrainConfig:
     epochs: int = option(500, "passes over the training images")
     batch_size: int = option(300, "images per step; the rest of an epoch that fills no batch is left out")
     loss: str = option("l1", "distance between the noise and its prediction; the papers have mse", choices=("l1", "mse"))
-    min_snr: float = option(0.0, "weight of a timestep in the loss: min(SNR, MIN_SNR) / SNR; 0 for 1, as in the papers")
-    optimizer: str = option("adamw", "AdamW without weight decay for all, or Muon for the matrices of the blocks",
-                            choices=("adamw", "muon"))
-    lr: float = option(1e-3, "highest learning rate")
-    lr_schedule: str = option("constant", "the same rate throughout, or one that falls as half a cosine to zero at the end",
-                              choices=("constant", "cosine"))
-    warmup_steps: int = option(0, "steps in which the learning rate grows linearly from zero")
+    min_snr: float = option(0.3, "weight of a timestep in the loss: min(SNR, MIN_SNR) / SNR; 0 for 1, as in the papers")
+    optimizer: str = option("muon", "Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all",
+                            choices=("muon", "adamw"))
+    lr: float = option(0.016, "highest learning rate")
+    lr_schedule: str = option("cosine", "falls as half a cosine to zero at the end, or stays the same",
+                              choices=("cosine", "constant"))
     ema_decay: float = option(0.9999, "decay of the EMA of the weights, which samples come from")
     seed: int = option(0, "of the initial weights, the order of the images, t, the noise and the dropped labels")
     limit: int = option(0, "use the first LIMIT images of each split only; 0 for all")
@@ -89,7 +88,7 @@ class TrainConfig:
     def __post_init__(self):
         _check_types(self)
         for name, least, most in (("epochs", 1, 1_000_000), ("batch_size", 1, MNIST_IMAGES), ("checkpoint_every", 1, 10**9),
-                                  ("warmup_steps", 0, 10**9), ("limit", 0, MNIST_IMAGES), ("seed", 0, 2**63 - 1)):
+                                  ("limit", 0, MNIST_IMAGES), ("seed", 0, 2**63 - 1)):
             _require_within(self, name, least, most)
         _require(self.limit == 0 or self.batch_size <= self.limit,
                  f"batch_size {self.batch_size} is more than the {self.limit} images that limit leaves")

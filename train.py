@@ -37,14 +37,12 @@ SAMPLE_STEPS = 25  # of DDIM, for samples.png
 
 
 def learning_rate(step: int, total_steps: int, cfg: TrainConfig) -> float:
-    """The rate of step 0, 1, ...: linear warm-up times the schedule."""
-    warmup = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
-    decay = 0.5 * (1 + math.cos(math.pi * step / total_steps)) if cfg.lr_schedule == "cosine" else 1.0
-    return cfg.lr * warmup * decay
+    """The rate of step 0, 1, ...: half a cosine from cfg.lr to 0, or cfg.lr throughout."""
+    return cfg.lr * (0.5 * (1 + math.cos(math.pi * step / total_steps)) if cfg.lr_schedule == "cosine" else 1.0)
 
 
 def make_optimizers(model: DiT, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW without weight decay for all parameters; or Muon for the blocks' matrices and AdamW for the others."""
+    """Muon for the blocks' matrices and AdamW for the others, or AdamW for all parameters; no weight decay."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if cfg.optimizer == "muon" else []
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=True)]

@@ -14,7 +14,7 @@ from dit import DiT
 
 TABLE = Path(__file__).with_name("results") / "runs.csv"
 RECIPE = TrainConfig(batch_size=64, loss="mse", min_snr=0.3, optimizer="muon", lr=0.004, lr_schedule="constant",
-                     warmup_steps=0, ema_decay=0.999, checkpoint_every=250)
+                     ema_decay=0.999, checkpoint_every=250)
 CHANGES = {"muon": {}, "muon-0.002": {"lr": 0.002}, "muon-0.008": {"lr": 0.008},  # recipe -> how it differs from RECIPE
            "adamw": {"optimizer": "adamw", "lr": 0.001, "min_snr": 0.0}}
 EPOCHS = (1, 2, 3, 5, 8, 11)  # of 937 steps, after which a network is measured: 10,307 steps in all
