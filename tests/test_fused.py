@@ -1,11 +1,8 @@
 """fused: the blocks in C++ are those of dit_block.py, in their results and their gradients; nothing else is replaced."""
 
-import copy
 import ctypes
 import logging
-import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +14,7 @@ from config import FAMILY, ModelConfig
 from dit import DiT
 from dit_block import AdaLNBlock, DiTBlock
 from runtime import fused as fused_module
-from runtime.fused import FusedBlocks, block_library, fused, is_fused
+from runtime.fused import block_library, fused, is_fused
 
 SHAPES = FAMILY | {
     "heads of 8": ModelConfig(hidden_size=32),
@@ -62,8 +59,10 @@ def assert_same(found: dict, expected: dict, tolerance: float = 1e-5):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_output_and_gradients_are_those_of_the_blocks(shape, block):
     model = random_network(replace(SHAPES[shape], block=block))
-    network, inputs = fused(model), batch(model, 3)
-    assert is_fused(network) and not is_fused(model)
+    before = torch.get_rng_state()
+    network = fused(model)
+    assert torch.equal(torch.get_rng_state(), before) and is_fused(network) and not is_fused(model)
+    inputs = batch(model, 3)
     assert_same(output_and_gradients(network, model, *inputs), output_and_gradients(model, model, *inputs))
 
 
@@ -80,17 +79,6 @@ def test_every_number_of_images_and_threads_gives_the_same(N):
         torch.set_num_threads(1)
 
 
-def test_its_rounding_errors_are_as_small_as_torchs():
-    model = random_network()
-    block, library = model.blocks[:1], block_library(49, 64, 4, 256)
-    x, c = torch.randn(20, 49, 64), torch.randn(20, 64)
-    exact = copy.deepcopy(block[0]).double()(x.double(), c.double())
-    with torch.no_grad():
-        ours = (FusedBlocks(block, library, frozen=False)(x, c) - exact).abs()
-        torchs = (block[0](x, c) - exact).abs()
-    assert ours.mean() < 1.5 * torchs.mean() and ours.max() < 3 * torchs.max(), (ours.max(), torchs.max())
-
-
 def test_values_beyond_the_range_of_exp():
     """Scores and hidden values of many thousands, of both signs."""
     model = random_network(depth=1)
@@ -103,21 +91,13 @@ def test_values_beyond_the_range_of_exp():
     assert_same(fast, {name: plain[name] for name in names}, tolerance=2e-3)
 
 
-@pytest.mark.parametrize("place", ["blocks.0.attn.qkv.weight", "blocks.1.mlp.fc1.bias", "blocks.2.adaLN_modulation.1.bias"])
+@pytest.mark.parametrize("place", ["attn.qkv.weight", "mlp.fc1.bias", "adaLN_modulation.1.bias"])
 def test_a_nan_is_not_lost(place):
     model = random_network()
     with torch.no_grad():
-        model.get_parameter(place).view(-1)[3] = torch.nan
+        model.get_parameter(f"blocks.1.{place}").view(-1)[3] = torch.nan
     found = output_and_gradients(fused(model), model, *batch(model))
     assert found["out"].isnan().any() and found["x_t"].isnan().any()
-
-
-def test_a_new_network_predicts_exactly_zero():
-    model = DiT(ModelConfig())
-    x, c = torch.randn(3, 49, 64), torch.randn(3, 64)
-    network = fused(model)
-    assert torch.equal(network.blocks[0](x, c), x)
-    assert not network(*batch(model)).any()
 
 
 @pytest.mark.parametrize("block", ["adaLN", "adaLN-Zero"])
@@ -133,29 +113,15 @@ def test_it_follows_the_parameters_except_when_frozen(block):
         assert torch.equal(frozen(*inputs), before) and not torch.allclose(network(*inputs), before)
 
 
-def test_memory_is_kept_only_where_gradients_are_wanted(monkeypatch):
-    calls = []
-    arguments = fused_module.arguments
-    monkeypatch.setattr(fused_module, "arguments", lambda *values: calls.append(values) or arguments(*values))
-    model = random_network()
-    network, inputs = fused(model), batch(model)
-    for enabled in (True, False):
-        calls.clear()
-        with torch.set_grad_enabled(enabled):
-            network(*inputs)
-        saved = next(values[-1] for values in calls if len(values) == 8)  # of blocks_forward
-        assert (saved is not None) == enabled
-
-
 def test_views_and_a_second_backward_pass():
     model = random_network()
-    network, (x_t, t, y) = fused(model), batch(model, 6)
-    out = network(x_t.repeat(2, 1, 1, 1)[::2], t, y)
-    assert torch.allclose(out, model(x_t.repeat(2, 1, 1, 1)[::2], t, y), rtol=1e-4, atol=1e-5)
-    gradient = torch.randn_like(out).transpose(2, 3)  # not contiguous
-    once = torch.autograd.grad(out, model.blocks[0].attn.qkv.weight, gradient, retain_graph=True)[0]
-    again = torch.autograd.grad(out, model.blocks[0].attn.qkv.weight, 2 * gradient)[0]
-    assert torch.allclose(again, 2 * once)
+    _, t, y = batch(model, 6)
+    x_t = torch.randn(12, 1, 28, 28)[::2]
+    weight, expected = model.blocks[0].attn.qkv.weight, model(x_t, t, y)
+    out, gradient = fused(model)(x_t, t, y), torch.randn(6, 1, 28, 28).transpose(2, 3)  # not contiguous
+    for factor in (1, 2):
+        assert_same({"": torch.autograd.grad(out, weight, factor * gradient, retain_graph=True)[0]},
+                    {"": torch.autograd.grad(expected, weight, factor * gradient, retain_graph=True)[0]})
 
 
 def test_what_would_be_read_past_its_end_is_refused():
@@ -169,24 +135,22 @@ def test_what_would_be_read_past_its_end_is_refused():
 
 # What it replaces, and what it leaves alone
 
-def edited(edit) -> DiT:
+def edited(part: str, replacement) -> DiT:
+    """The default network with another part in its second block; the block itself is ""."""
     model = DiT(ModelConfig(depth=2))
-    edit(model, model.blocks[1])
+    owner, _, name = f"blocks.1.{part}".rstrip(".").rpartition(".")
+    setattr(model.get_submodule(owner), name, replacement)
     return model
 
 
-class ScaledBlock(DiTBlock):
-    def forward(self, x, c):
-        return 2 * super().forward(x, c)
-
-
-class OtherDiT(DiT):
-    pass
+def hooked() -> DiT:
+    model = DiT(ModelConfig())
+    model.blocks[1].attn.register_forward_hook(lambda module, inputs, out: 2 * out)
+    return model
 
 
 LEFT_ALONE = {
     "in-context": lambda: DiT(ModelConfig(block="in-context")),
-    "cross-attention": lambda: DiT(ModelConfig(block="cross-attention")),
     "heads of 2": lambda: DiT(ModelConfig(hidden_size=8)),
     "too wide": lambda: DiT(ModelConfig(hidden_size=264, depth=1)),
     "an MLP of 6": lambda: DiT(ModelConfig(mlp_ratio=0.1)),
@@ -194,15 +158,14 @@ LEFT_ALONE = {
     "1600 tokens": lambda: DiT(ModelConfig(image_size=40, patch_size=1, hidden_size=16, depth=1)),
     "float64": lambda: DiT(ModelConfig()).double(),
     "fused already": lambda: fused(DiT(ModelConfig())),
-    "a subclass of DiT": lambda: OtherDiT(ModelConfig()),
-    "a subclass of DiTBlock": lambda: edited(lambda model, block: model.blocks.__setitem__(1, ScaledBlock(64, 4))),
-    "adaLN among adaLN-Zero": lambda: edited(lambda model, block: model.blocks.__setitem__(1, AdaLNBlock(64, 4))),
-    "another MLP": lambda: edited(lambda model, block: model.blocks.__setitem__(1, DiTBlock(64, 4, mlp_ratio=2))),
-    "other heads": lambda: edited(lambda model, block: model.blocks.__setitem__(1, DiTBlock(64, 2))),
-    "another GELU": lambda: edited(lambda model, block: setattr(block.mlp, "act", nn.GELU())),
-    "no bias": lambda: edited(lambda model, block: setattr(block.attn, "proj", nn.Linear(64, 64, bias=False))),
-    "another forward": lambda: edited(lambda model, block: setattr(block, "forward", lambda x, c: x)),
-    "a hook": lambda: edited(lambda model, block: block.attn.register_forward_hook(lambda module, inputs, out: 2 * out)),
+    "a subclass of DiT": lambda: type("OtherDiT", (DiT,), {})(ModelConfig()),
+    "a subclass of DiTBlock": lambda: edited("", type("OtherBlock", (DiTBlock,), {})(64, 4)),
+    "adaLN among adaLN-Zero": lambda: edited("", AdaLNBlock(64, 4)),
+    "other heads": lambda: edited("", DiTBlock(64, 2)),
+    "another GELU": lambda: edited("mlp.act", nn.GELU()),
+    "no bias": lambda: edited("attn.proj", nn.Linear(64, 64, bias=False)),
+    "another forward": lambda: edited("forward", lambda x, c: x),
+    "a hook": hooked,
 }
 
 
@@ -218,13 +181,6 @@ def test_another_final_layer_stays_as_it_is():
     network, inputs = fused(model), batch(model)
     assert is_fused(network) and network.final_layer is model.final_layer
     assert_same({"": network(*inputs)}, {"": model(*inputs)})
-
-
-def test_recognising_leaves_the_random_stream_alone_and_knows_a_copy():
-    model = random_network()
-    before = torch.get_rng_state()
-    assert is_fused(fused(copy.deepcopy(model).requires_grad_(False).train()))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 # The library
@@ -247,30 +203,30 @@ def works(library: ctypes.CDLL | None) -> bool:
     return library is not None and library.saved_floats() == 49 * (64 * (1 + 3 + 1 + 1) + 256)
 
 
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
 def test_every_vector_unit(capability, folders, monkeypatch):
+    """Without one, the network stays as it is."""
     here = torch.backends.cpu.get_cpu_capability()
-    if here != capability and (here, capability) != ("AVX512", "AVX2"):
+    if capability != "DEFAULT" and here != capability and (here, capability) != ("AVX512", "AVX2"):
         pytest.skip(f"this processor has {here} alone")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     model = random_network(depth=1)
     inputs = batch(model)
-    assert is_fused(fused(model))
+    assert is_fused(fused(model)) == (capability != "DEFAULT")
     assert_same({"": fused(model)(*inputs)}, {"": model(*inputs)})
 
 
-def test_without_vector_units_the_network_stays_as_it_is(folders, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    model = DiT(ModelConfig())
-    assert fused(model) is model
-
-
-def test_it_is_compiled_once(folders, monkeypatch):
+@pytest.mark.parametrize("blocked", [0, 1, 2])
+def test_it_is_compiled_once_and_kept_in_the_first_folder_that_takes_it(blocked, folders, tmp_path, monkeypatch):
+    """Where none does, it works for this process. A compiler's name may have two words."""
+    monkeypatch.setenv("CXX", "env c++")
+    for folder in folders[:blocked]:
+        folder.touch()
     assert works(block_library(*SIZES))
+    assert [path.parent for path in tmp_path.glob("*/*")] == folders[blocked:blocked + 1]
     block_library.cache_clear()
-    monkeypatch.setattr(subprocess, "run", None)
+    monkeypatch.setattr(subprocess, "run", None if blocked < 2 else subprocess.run)
     assert works(block_library(*SIZES))
-    assert [path.suffix for path in folders[0].iterdir()] == [".so"] and not folders[1].exists()
 
 
 def test_an_unfit_library_is_built_again_before_it_is_loaded(folders):
@@ -279,22 +235,11 @@ def test_an_unfit_library_is_built_again_before_it_is_loaded(folders):
     block_library(*SIZES)
     path, = set(folders[0].iterdir()) - {other}
     content = path.read_bytes()
-    for damaged in (content[:len(content) // 2], bytes(len(content)), other.read_bytes()):
+    for damaged in (content[:len(content) // 2], other.read_bytes()):
         path.unlink()  # this process still uses the sound one
         path.write_bytes(damaged)
         block_library.cache_clear()
         assert works(block_library(*SIZES)) and works(fused_module.load(path))
-
-
-def test_where_one_folder_cannot_be_written_the_next_takes_it(folders):
-    folders[0].touch()
-    assert works(block_library(*SIZES)) and len(list(folders[1].iterdir())) == 1
-
-
-def test_where_no_folder_can_be_written_it_works_for_this_process(folders, tmp_path):
-    for folder in folders:
-        folder.touch()
-    assert works(block_library(*SIZES)) and sorted(tmp_path.iterdir()) == folders
 
 
 def test_a_relative_user_cache_is_not_used(monkeypatch):
@@ -304,7 +249,7 @@ def test_a_relative_user_cache_is_not_used(monkeypatch):
         assert len(fused_module.library_folders()) == count
 
 
-@pytest.mark.parametrize("compiler", ["/there/is/none", "false", "true", "c++ 'x", "c++ -c", "c++ --nonsense"])
+@pytest.mark.parametrize("compiler", ["/there/is/none", "false", "true", "c++ 'x", "c++ -c"])
 def test_without_a_compiler_the_network_stays_as_it_is_and_one_line_says_so(compiler, folders, monkeypatch, caplog):
     monkeypatch.setenv("CXX", compiler)
     with caplog.at_level(logging.WARNING):
@@ -313,16 +258,3 @@ def test_without_a_compiler_the_network_stays_as_it_is_and_one_line_says_so(comp
         monkeypatch.setattr(subprocess, "run", None)
         assert fused(model) is model, "what failed is not tried again"
     assert len(caplog.messages) == 1 and "\n" not in caplog.messages[0]
-
-
-def test_a_compiler_of_two_words(folders, monkeypatch):
-    monkeypatch.setenv("CXX", "env c++")
-    assert works(block_library(*SIZES))
-
-
-def test_that_line_survives_a_full_disk():
-    code = "from runtime.fused import block_library; assert block_library(49, 64, 4, 256) is None"
-    with open("/dev/full", "w") as full:
-        environment = {**os.environ, "CXX": "false"}
-        ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, env=environment, stderr=full)
-    assert ended.returncode == 0
