@@ -71,6 +71,8 @@ def test_missing_archives(archives, tmp_path):
     (archives / IMAGES).unlink()
     refuse(archives, rf"{IMAGES} is missing \(train-images-idx3-ubyte is there.*\); download it from https://.*/{IMAGES}")
     refuse(tmp_path / "nowhere" / "MNIST" / "raw", f"nowhere/MNIST/raw/{IMAGES} is missing; download it")
+    (tmp_path / "file").write_text("")
+    refuse(tmp_path / "file" / "MNIST" / "raw", r"cannot be read \(Not a directory\); download it")
 
 
 def test_the_projects_own_folder_is_restored_with_git(archives, monkeypatch):
@@ -104,8 +106,3 @@ def test_another_file_is_named_and_left_alone(archives, make):
     before = (archives / IMAGES).lstat()
     refuse(archives, rf"{IMAGES} (is damaged or another file|is not a file|cannot be read).*; download it")
     assert (archives / IMAGES).lstat().st_mtime_ns == before.st_mtime_ns
-
-
-def test_a_file_in_the_place_of_the_folder(tmp_path):
-    (tmp_path / "MNIST").write_text("")
-    refuse(tmp_path / "MNIST" / "raw", r"cannot be read \(Not a directory\); download it")
