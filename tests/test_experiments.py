@@ -49,7 +49,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def test_one_row_per_measurement(undisturbed):
+def test_one_row_per_measurement_and_nothing_is_done_twice(undisturbed, monkeypatch):
     table = rows(undisturbed)
     assert [row["run"] for row in table] == [REAL, *["S7-adaLN-Zero-muon-0"] * 3, "S7-in-context-muon-1"]
     first, third = table[1], table[3]
@@ -58,29 +58,19 @@ def test_one_row_per_measurement(undisturbed):
     assert all(math.isfinite(row["fid"]) for row in table) and first["test_loss"] > third["test_loss"] > 0
     strips = {path.name: Image.open(path).size for path in (undisturbed / "results" / "samples").iterdir()}
     assert strips == {"S7-adaLN-Zero-muon-0.png": (280, 28), "S7-in-context-muon-1.png": (280, 28)}
-
-
-def test_nothing_is_done_twice(undisturbed, monkeypatch):
     monkeypatch.setattr("train.train", None)
-    before = rows(undisturbed)
     worker(undisturbed).work(ENTRIES)
-    assert rows(undisturbed) == before
+    assert rows(undisturbed) == table
 
 
-@pytest.mark.parametrize("moment", ["save_strip", "append"])
-def test_a_killed_worker_is_continued(moment, tmp_path, undisturbed, monkeypatch):
+@pytest.mark.parametrize(("moment", "count"), [("save_strip", 1), ("append", 3)])
+def test_a_killed_worker_is_continued(moment, count, tmp_path, undisturbed, monkeypatch):
     """Killed between training and measuring, or between measuring and writing: the next one ends with the same table."""
+    calls, original = iter(range(1, 100)), getattr(runs.Worker, moment)
 
     def killed():
-        seen, original = [], getattr(runs.Worker, moment)
-
-        def dies(*arguments):
-            seen.append(moment)
-            if len(seen) == (1 if moment == "save_strip" else 3):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments)
-
-        monkeypatch.setattr(runs.Worker, moment, dies)
+        monkeypatch.setattr(runs.Worker, moment, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+                            if next(calls) == count else original(*arguments))
         worker(tmp_path).work(ENTRIES)
 
     process = in_a_process(killed)
@@ -116,12 +106,8 @@ def test_every_recipe_of_the_study_is_valid():
     assert {Network(model).name for model in FAMILY} | {Network(block=block, seed=2).name for block in BLOCKS} <= names
 
 
-@pytest.mark.parametrize("arguments, words", [(["nothing*"], "no run is named nothing*"), (["--cpu"], "--cpu")])
-def test_bad_command_line(arguments, words, refused):
-    refused(runs.main, 2, words, *arguments)
-
-
-def test_list(call):
+def test_command_line(refused, call):
+    refused(runs.main, 2, "no run is named nothing*", "nothing*")
     status, out, _ = call(runs.main, "--list", "S7-*")
     assert status == 0 and out.splitlines()[0].startswith("S7-adaLN-Zero-muon-0")
 
@@ -162,13 +148,13 @@ def test_every_picture_is_drawn_from_the_table(full_results):
     assert "| B/4 | adaLN-Zero | muon | 8.35 | 255.8 | 3 |" in tables and "| XL/4 | 1.25 |" in tables
 
 
-def test_pictures_without_rows_are_left_out(tmp_path, undisturbed, capsys):
+def test_pictures_without_rows_are_left_out(tmp_path, capsys):
     figures.draw([], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["tables.md"]
     assert capsys.readouterr().out.count("left out") == len(PICTURES)
 
 
-def test_a_started_study_can_be_drawn(full_results, capsys):
+def test_a_started_study_can_be_drawn(full_results):
     """One network after its first epoch; a seed that is missing; no real images."""
     (full_results / "samples" / "S7-adaLN-Zero-muon-0.png").unlink()
     some = [synthetic(Network(block="in-context"), Setting(EPOCHS[0])), synthetic(Network("S/2"), Setting(n=10_000))]
