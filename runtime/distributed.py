@@ -1,7 +1,7 @@
 """Several processes that share the work of each batch, as torchrun starts them; without torchrun, one.
 
 Every process draws the same random numbers for the whole batch and computes its share of it, so that the number of
-processes does not change the result.
+processes changes the result only by rounding.
 """
 
 import os
