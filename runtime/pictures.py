@@ -1,24 +1,34 @@
-"""One style for all pictures, whatever the user's matplotlib is set to."""
+"""One style for all pictures, whatever the user's matplotlib is set to.
+
+matplotlib is imported where it is used: settings that break its import cost a picture, and not a training run.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.style
 import torch
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
 from runtime.checkpoint import write_atomically
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 GAP, ZOOM = 2, 2  # pixels between two images; screen pixels per pixel
 DPI = 128  # a power of two: pixels / DPI * DPI is exact, so that no row or column of pixels is lost
 LARGEST_SIDE, LARGEST_AREA = 65_000, 2**27  # pixels: JPEG ends at 65,500, GIF and matplotlib soon after; the memory
 
 
-def save_picture(path: Path, make: Callable[[], Figure]) -> None:
+def save_picture(path: Path, make: Callable[[], "Figure"]) -> None:
     """Make a figure and write it, with matplotlib's own defaults in place of the user's. Atomic; OSError if it fails."""
+
+    try:
+        import matplotlib.style
+    except ValueError as error:  # MPLBACKEND, or a matplotlibrc that cannot be read
+        raise OSError(f"{path} could not be drawn: {error}") from error
 
     def write(temporary: Path) -> None:
         with matplotlib.style.context("default"):
@@ -48,8 +58,10 @@ def tile(rows: Sequence[Tensor]) -> Tensor:
     return F.pad(images, (0, GAP, 0, GAP), value=1.0).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
-def show(rows: Sequence[Tensor], columns: Sequence[str] = (), labels: Sequence[str] = ()) -> Figure:
+def show(rows: Sequence[Tensor], columns: Sequence[str] = (), labels: Sequence[str] = ()) -> "Figure":
     """A grid of images. rows: tensors (columns, 1, H, W) in [-1, 1]; columns, labels: the names of columns and rows."""
+    from matplotlib.figure import Figure
+
     canvas, side = tile(rows), rows[0].shape[-1] + GAP
     height, width = (ZOOM * size for size in canvas.shape)
     left, top = 10 + 9 * max(map(len, labels), default=0), 24 if columns else 0  # screen pixels
@@ -78,8 +90,10 @@ def save_animation(path: Path, frames: Sequence[Sequence[Tensor]], titles: Seque
         duration=[125] * (len(pictures) - 1) + [2500]))
 
 
-def loss_curve(curve: list[dict], ylabel: str) -> Figure:
+def loss_curve(curve: list[dict], ylabel: str) -> "Figure":
     """Both losses of loss.csv against the epoch."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 3.5), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     for name, label in (("train_loss", "training images"), ("test_loss", "test images, EMA model")):
