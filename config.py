@@ -69,13 +69,13 @@ class TrainConfig:
     epochs: int = option(500, "passes over the training images")
     batch_size: int = option(300, "images per step; the rest of an epoch that fills no batch is left out")
     loss: str = option("l1", "distance between the noise and its prediction; the papers have mse", choices=("l1", "mse"))
-    min_snr: float = option(1.0, "weight of a timestep in the loss: min(SNR, MIN_SNR) / SNR; 0 for 1, as in the papers")
+    min_snr: float = option(1.0, "weight of a timestep in the loss: min(SNR, MIN_SNR) / SNR; 0 for equal weights")
     optimizer: str = option("muon", "Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all",
                             choices=("muon", "adamw"))
     lr: float = option(0.01, "highest learning rate")
     lr_schedule: str = option("cosine", "falls as half a cosine to zero at the end, or stays the same",
                               choices=("cosine", "constant"))
-    ema_decay: float = option(0.9999, "decay of the EMA of the weights, which samples come from")
+    ema_decay: float = option(0.9999, "decay of the EMA of the weights, which samples are drawn from")
     seed: int = option(0, "of the initial weights, the order of the images, t, the noise and the dropped labels")
     limit: int = option(0, "use the first LIMIT images of each split only; 0 for all")
     data_dir: str = option("mnist", "directory that holds MNIST/raw/ with the four archives")
@@ -142,7 +142,7 @@ PAPER = {  # DiT Table 1, on latents of 32 x 32 x 4 and the 1000 classes of Imag
     for size, depth, width, heads in (("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16), ("XL", 28, 1152, 16))
     for patch in (8, 4, 2)
 }
-FAMILY = {  # Table 1 for MNIST: widths divided by 12, depths by 4. B/4 is the default network.
+FAMILY = {  # Table 1 for MNIST: widths divided by about 12, depths by 4; heads 16 wide. B/4 is the default.
     f"{size}/{patch}": ModelConfig(patch_size=patch, hidden_size=width, depth=depth, num_heads=heads)
     for size, depth, width, heads in (("S", 3, 32, 2), ("B", 3, 64, 4), ("L", 6, 80, 5), ("XL", 7, 96, 6))
     for patch in (7, 4, 2)

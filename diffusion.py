@@ -23,7 +23,7 @@ Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 class GaussianDiffusion:
     """The chain q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I) and its learned reversal.
 
-    The schedule is float64. Its values are cast to the images' dtype when they are used.
+    The schedule is float64 (DDPM eq. 2 and section 4). Its values are cast to the images' dtype when they are used.
     timesteps: (steps,), the times the chain visits; default: all of 0, ..., num_timesteps - 1. In a respaced chain, the
     methods below take t as an index into `timesteps`; the model always receives the time itself.
     """
@@ -114,16 +114,16 @@ class GaussianDiffusion:
         return t, torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
 
     def loss(self, model: Model, x_0: Tensor, y: Tensor, t: Tensor, eps: Tensor,
-             kind: Literal["l1", "mse"] = "l1", min_snr: float = 0.0) -> Tensor:
+             kind: Literal["l1", "mse"] = "mse", min_snr: float = 0.0) -> Tensor:
         """Mean of |eps - eps_hat|^2 for "mse", L_simple (DDPM eq. 14; Algorithm 1, line 5), or |eps - eps_hat| for "l1".
 
-        Of the full chain, not of a respaced one. x_0: (N, C, H, W) in [-1, 1]; y, t: (N,); eps: (N, C, H, W). A scalar.
+        x_0: (N, C, H, W) in [-1, 1]; y, t: (N,); eps: (N, C, H, W). A scalar.
         min_snr: gamma of the min-SNR weights min(SNR_t, gamma) / SNR_t (Hang et al. 2023); 0 turns them off. They keep
         small t, which teaches fine grain, from outweighing larger t, which teaches shape.
         """
         distance = {"l1": F.l1_loss, "mse": F.mse_loss}[kind]
         x_t = self.q_sample(x_0, t, eps)
-        eps_hat, v = split(model(x_t, t, y), x_t)
+        eps_hat, v = split(model(x_t, self.timesteps.to(t.device)[t], y), x_t)
         error = distance(eps_hat, eps, reduction="none")  # of DDPM eq. 14
         if min_snr:
             snr = self.alpha_bar / (1 - self.alpha_bar)

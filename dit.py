@@ -116,7 +116,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """eps_theta(x_t, t, y), the noise predictor. initialize=False leaves its values to whoever loads them afterwards."""
+    """eps_theta(x_t, t, y), the noise predictor. initialize=False skips the initial values, for weights loaded later."""
 
     def __init__(self, config: ModelConfig, initialize: bool = True):
         super().__init__()

@@ -190,7 +190,7 @@ def nll_bound(model: DiT, digits: Digits, seed: int = 0) -> float:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """What the command line asks for. CheckpointError, DataError or OSError with a sentence."""
+    """What the command line asks for. CheckpointError, DataError or OSError with a one-sentence message."""
     data_dir = beside_the_scripts(args.data_dir)
     check_files([args.json], [data_dir / "classifier.pth", *data_dir.glob("MNIST/raw/*")])
     model = load_sampling_model(args)

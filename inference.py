@@ -65,13 +65,14 @@ def as_labels(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
 
 
 def sample_pictures(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """What the command line asks for. CheckpointError or OSError with a sentence."""
+    """What the command line asks for. CheckpointError or OSError with a one-sentence message."""
     model = load_sampling_model(args)
     print(f"{args.described}, with eps_hat = eps(null) + guidance (eps(digit) - eps(null))")
     y = torch.tensor(args.digits).repeat_interleave(args.per_digit)
     per_row = args.per_digit if args.per_digit > 1 else len(y)  # in the animation
     sizes = [(len(y), args.columns) if args.columns > 1 else (len(args.digits), args.per_digit)]
-    sizes += [(len(y) // per_row, per_row)] * bool(args.gif)
+    if args.gif:
+        sizes.append((len(y) // per_row, per_row))
     if not all(fits(*size, model.config.image_size) for size in sizes):
         parser.error("the picture is too large: try fewer --digits, --per-digit or --columns")
     all_times = [*(GaussianDiffusion(T).respaced(args.steps).timesteps.flip(0) + 1).tolist(), 0]
@@ -81,7 +82,7 @@ def sample_pictures(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     with tqdm(total=args.steps, unit="step", mininterval=0.5) as bar:
 
         def on_step(t: int, x_t: Tensor) -> None:
-            bar.update(t < T)  # the first call shows the noise, before any step
+            bar.update(int(t < T))  # the first call shows the noise, before any step
             if t in times or t in frames:
                 kept[t] = x_t.cpu()
 

@@ -18,6 +18,7 @@ import math
 import os
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -38,7 +39,9 @@ SAMPLE_STEPS = 25  # of DDIM, for samples.png
 
 def learning_rate(step: int, total_steps: int, cfg: TrainConfig) -> float:
     """The rate of step 0, 1, ...: half a cosine from cfg.lr to 0, or cfg.lr throughout."""
-    return cfg.lr * (0.5 * (1 + math.cos(math.pi * step / total_steps)) if cfg.lr_schedule == "cosine" else 1.0)
+    if cfg.lr_schedule == "constant":
+        return cfg.lr
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
 def make_optimizers(model: DiT, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -60,7 +63,7 @@ def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> Non
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, diffusion: GaussianDiffusion, digits: Digits, kind: str) -> float:
-    """Mean loss over `digits`, with the same t and eps for every image at every call: two calls can be compared."""
+    """Mean loss over `digits`, without min-SNR weights. Each image gets the same t and eps at every call."""
     generator = torch.Generator().manual_seed(0)
     total = 0.0
     for start in range(0, len(digits), HELD_OUT_BATCH):
@@ -86,8 +89,8 @@ def time_to_look(epoch: int, epochs: int) -> bool:
 def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) -> DiT:
     """Run the recipe and return the EMA model. Writes the checkpoint, loss.csv and the pictures as it goes.
 
-    A first Ctrl-C or other stop signal saves the run and raises Stopped. CheckpointError, DataError, OSError or
-    TrainingError with a sentence when it cannot start or go on.
+    A first Ctrl-C or other stop signal saves the run and raises Stopped. CheckpointError, DataError, OSError,
+    TrainingError or ValueError with a one-sentence message when it cannot start or continue.
     """
     ranks = ranks or Ranks()
     if cfg.batch_size % ranks.size:
@@ -95,9 +98,9 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
     keep_freed_memory()
     device = pick_device(cfg.device, ranks.local_rank)
     data_dir = beside_the_scripts(cfg.data_dir)
-    if str(data_dir) != cfg.data_dir and ranks.leads:
+    if data_dir != Path(cfg.data_dir) and ranks.leads:
         print(f"there is no {cfg.data_dir} here: training on {data_dir}")
-    train_set, test_set = (load_mnist(train, data_dir, device, cfg.limit, cfg.model.image_size) for train in (True, False))
+    train_set, test_set = (load_mnist(split, data_dir, device, cfg.limit, cfg.model.image_size) for split in (True, False))
     diffusion = GaussianDiffusion(T)
     torch.manual_seed(cfg.seed)  # the initial weights
     model = DiT(cfg.model).to(device).train()
@@ -133,7 +136,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
 def make_parser() -> argparse.ArgumentParser:
     """An option for each field of the two configs that has a help text, its default and type the field's.
 
-    --model is left out of the result unless it is given: it is no field, but sets the defaults of others.
+    --model is left out of the result unless it is given: it is not a field, but sets the defaults of others.
     """
     parser = argparse.ArgumentParser("train.py", description="Train a Diffusion Transformer on MNIST.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -142,7 +145,7 @@ def make_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for f in fields(config_class):
             if "help" in f.metadata:
-                # An action of its own, as --compile and --no-compile have, takes no type.
+                # Options with an action, such as --compile and --no-compile, take no type.
                 typed = {} if "action" in f.metadata else {"type": type(f.default)}
                 group.add_argument("--" + f.name.replace("_", "-"), default=f.default, **typed, **f.metadata)
     models = FAMILY | PAPER
@@ -163,7 +166,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple
 
     try:
         cfg = TrainConfig(model=ModelConfig(**chosen(ModelConfig)), **chosen(TrainConfig))
-        RunFiles(cfg)  # what could not be written is said now
+        RunFiles(cfg)  # reports unwritable files before training
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return cfg, args.resume
@@ -180,6 +183,8 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         with joined_ranks(device) as ranks:
             train(cfg, resume, ranks)
+            if ranks.leads:
+                print(f"wrote {cfg.checkpoint}, and next to it the loss curve and the samples")
 
     return exit_status(parser, work)
 

@@ -47,7 +47,7 @@ def printable(value: object) -> str:
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Call write(temporary file next to `path`), then move the result into place: `path` is old or new, never half.
 
-    A link stays, and the file that it points to is replaced. OSError with a sentence if that fails.
+    A link stays, and the file that it points to is replaced. OSError with a one-sentence message if that fails.
     """
     file = _target(path)
     temporary = _temporary(file)
@@ -84,7 +84,7 @@ def _sync(path: Path) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """OSError with a sentence if `path` could not be written: better now than after an hour's work."""
+    """OSError with a one-sentence message if `path` could not be written: better now than after an hour's work."""
     file = _target(path)
     try:
         if file.is_dir():

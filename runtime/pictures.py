@@ -90,13 +90,13 @@ def save_animation(path: Path, frames: Sequence[Sequence[Tensor]], titles: Seque
         duration=[125] * (len(pictures) - 1) + [2500]))
 
 
-def loss_curve(curve: list[dict], ylabel: str) -> "Figure":
-    """Both losses of loss.csv against the epoch."""
+def loss_curve(curve: list[dict], ylabel: str, weighted: str) -> "Figure":
+    """Both losses of loss.csv against the epoch. weighted: what to say of the training loss."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    for name, label in (("train_loss", "training images"), ("test_loss", "test images, EMA model")):
+    for name, label in (("train_loss", f"training images{weighted}"), ("test_loss", "test images, EMA model, no weights")):
         axes.plot([row["epoch"] for row in curve], [row[name] for row in curve], ".-", markersize=3, label=label)
     axes.set(xlabel="epoch", ylabel=ylabel, yscale="log")
     axes.legend()

@@ -1,4 +1,4 @@
-"""All of a training run that Algorithm 1 does not speak of: its progress, its files, how it stops and continues."""
+"""Everything in a training run that Algorithm 1 leaves out: its progress, its files, how it stops and continues."""
 
 import math
 import shutil
@@ -35,8 +35,8 @@ CURVE = {"epoch": "d", "step": "d", "train_loss": ".6f", "test_loss": ".6f", "se
 class Run:
     """A run of `cfg`. Within `with run:` no other run writes its files, and a first stop signal saves it and ends it.
 
-    images: how many there are to train on; noise: the generator of t, eps and dropped labels. OSError with a sentence if
-    the files could not be written.
+    images: how many there are to train on; noise: the generator of t, eps and dropped labels. OSError if the files
+    could not be written.
     """
 
     def __init__(self, cfg: TrainConfig, ranks: Ranks, model: DiT, ema: DiT, optimizers: list[torch.optim.Optimizer],
@@ -50,8 +50,8 @@ class Run:
         self.curve: list[dict] = []  # the rows of loss.csv, one per epoch
         self.samples: list[dict] = []  # the rows of samples.png
         self.order = torch.Generator().manual_seed(cfg.seed)  # of the images
-        self.order_at_epoch = self.order.get_state()  # as it was before it drew the current epoch's
-        self.started = time.monotonic()  # on resume earlier, by what the run had taken
+        self.order_at_epoch = self.order.get_state()  # its state before the current epoch's order was drawn
+        self.started = time.monotonic()  # moved back on resume, by the time already spent
         self.signal, self.signal_time = 0, 0.0
 
     def __enter__(self) -> "Run":
@@ -139,7 +139,7 @@ class Run:
         return self.step - len(self.curve) * self.steps_per_epoch
 
     def end_step(self, loss: Tensor) -> None:
-        """Count the step, show its loss, save when it is time; Stopped if a signal came, TrainingError if it diverged."""
+        """Count the step, show the mean loss, save when due. Stopped after a signal, TrainingError if it diverges."""
         self.step += 1
         self.loss_sum += self.ranks.mean(loss.detach())
         if self.bar.update(self.cfg.batch_size):  # true when it is refreshed, twice a second at most
@@ -200,7 +200,7 @@ class RunFiles:
         if not self.state.exists():
             raise CheckpointError(f"there is nothing to resume: no file {self.state}")
         content = load_checkpoint(self.state, STATE)
-        defaults = asdict(TrainConfig()) | asdict(ModelConfig())  # which options had before they existed
+        defaults = asdict(TrainConfig()) | asdict(ModelConfig())  # for options that are newer than the file
         before = defaults | content["recipe"] | content["recipe"]["model"]
         now = asdict(self.cfg) | asdict(self.cfg.model)
         changed = [name for name in now | before if name not in MAY_CHANGE and before.get(name) != now.get(name)]
@@ -226,8 +226,8 @@ class RunFiles:
         """loss.csv and loss.png; the picture at most every ten seconds, since it takes as long as many steps on a GPU."""
         write_atomically(self.csv, lambda path: path.write_text("\n".join(csv_lines(curve)) + "\n"))
         if last or time.monotonic() - self.picture_time > 10:
-            weighted = f", training: min-SNR {self.cfg.min_snr:g}" if self.cfg.min_snr else ""
-            self._picture(self.png, lambda: loss_curve(curve, f"{self.cfg.loss.upper()} loss{weighted}"))
+            weighted = f", min-SNR weights ({self.cfg.min_snr:g})" if self.cfg.min_snr else ""
+            self._picture(self.png, lambda: loss_curve(curve, f"{self.cfg.loss.upper()} loss", weighted))
             self.picture_time = time.monotonic()
 
     def save_samples(self, samples: list[dict]) -> None:

@@ -89,7 +89,7 @@ def _error(parser: argparse.ArgumentParser, sentence: str) -> int:
 
 
 def check_files(outputs: Iterable[Path | None], inputs: Iterable[Path | None] = ()) -> None:
-    """OSError with a sentence if an output could not be written, or is an input or another output by whatever name."""
+    """OSError if an output could not be written, or is an input or another output by whatever name."""
     known = [path for path in inputs if path]
     for path in filter(None, outputs):
         for other in known:

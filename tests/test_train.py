@@ -289,7 +289,7 @@ def change_state(folder, **changes):
 def test_another_number_of_threads_is_said(tmp_path, train_tiny):
     """It changes the last bits, as sums are taken in another order."""
     assert train_tiny(tmp_path)[0] == 0
-    assert "threads" not in train_tiny(tmp_path, "--resume")[1]
+    assert "with 1 threads" not in train_tiny(tmp_path, "--resume")[1]
     change_state(tmp_path, threads=7)
     assert "with 1 threads and not 7" in train_tiny(tmp_path, "--resume")[1]
 
