@@ -177,14 +177,6 @@ def test_what_it_was_not_written_for_stays_as_it_is(build):
     assert fused(model) is model
 
 
-def test_another_final_layer_stays_as_it_is():
-    model = random_network()
-    model.final_layer.register_forward_hook(lambda module, inputs, out: 2 * out)
-    network, inputs = fused(model), batch(model)
-    assert is_fused(network) and network.final_layer is model.final_layer
-    assert_same({"": network(*inputs)}, {"": model(*inputs)})
-
-
 # The library
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The blocks of a DiT, and the LayerNorm of its final layer, in C++ for a CPU: dit_block.cpp, compiled for the network.
+"""The blocks of a DiT in C++ for a CPU: dit_block.cpp, compiled for the network.
 
 torch's kernels each write their result for the whole batch to memory and read it back; here an image goes through a block
 without leaving the core's cache. dit_block.py is the version to read; results differ from it by rounding only.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dit import DiT, FinalLayer
+from dit import DiT
 from runtime.checkpoint import write_atomically
 
 LARGEST_WIDTH = 256  # of a token; for wider ones torch.compile is as fast
@@ -56,8 +56,6 @@ def fused(model: DiT, frozen: bool = False) -> DiT:
     copied = copy.copy(model)
     copied._modules = dict(model._modules)
     copied.blocks = nn.ModuleList([FusedBlocks(model.blocks, library, frozen)])
-    if same_computation(model.final_layer, reference.final_layer):
-        copied.final_layer = FusedFinalLayer(model.final_layer, library)
     return copied
 
 
@@ -212,38 +210,6 @@ class BlocksFunction(torch.autograd.Function):
             parts = d_packed.sum(0).split([shape.numel() for shape in ctx.shapes])
             d_parameters = [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
         return d_x, d_mod, None, None, None, *d_parameters
-
-
-class FusedFinalLayer(nn.Module):
-    """The final layer, its LayerNorm and modulation in C++. x: (N, L, D), c: (N, D) -> (N, L, p*p*C_out)."""
-
-    def __init__(self, layer: FinalLayer, library: ctypes.CDLL):
-        super().__init__()
-        self.layer, self.library = layer, library
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return self.layer.linear(FinalFunction.apply(x.contiguous(), self.layer.adaLN_modulation(c), self.library))
-
-
-class FinalFunction(torch.autograd.Function):
-    """x: (N, L, D), modulation: (N, 2D) -> (N, L, D)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, modulation: Tensor, library: ctypes.CDLL) -> Tensor:
-        out = torch.empty_like(x)
-        library.final_forward(*arguments(len(x), x, modulation, out), torch.get_num_threads())
-        ctx.library = library
-        ctx.save_for_backward(x, modulation)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, modulation = ctx.saved_tensors
-        d_x, d_modulation = torch.zeros_like(x), torch.empty_like(modulation)
-        tensors = (x, modulation, d_out.contiguous(), d_x, d_modulation)
-        ctx.library.final_backward(*arguments(len(x), *tensors), torch.get_num_threads())
-        return d_x, d_modulation, None
 
 
 def arguments(*values: int | Tensor | None) -> list[ctypes.c_int64 | ctypes.c_void_p]:

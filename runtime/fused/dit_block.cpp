@@ -368,20 +368,4 @@ void blocks_backward(int64_t depth, int64_t N, const Modulation* mod, const Para
                 backward(mod[n * depth + b], w[b], saved[b * N + n], d_x[n], d_mod[n * depth + b], d_w[thread * depth + b]);
 }
 
-// LayerNorm and modulation alone, as the final layer has them. x, out: (N, L, D); mod: (N, 2, D), shift and scale.
-void final_forward(int64_t N, const Image* x, const float (*mod)[2][D], Image* out, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < N; n++) norm_modulate(x[n], mod[n][0], mod[n][1], scratch.normal, scratch.inverse_std, out[n]);
-}
-
-// d_x: zeros, to which the gradient is added.
-void final_backward(int64_t N, const Image* x, const float (*mod)[2][D], const Image* d_out, Image* d_x, float (*d_mod)[2][D],
-                    int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < N; n++) {
-        norm_modulate(x[n], mod[n][0], mod[n][1], scratch.normal, scratch.inverse_std, scratch.modulated);
-        norm_modulate_backward(scratch.normal, scratch.inverse_std, mod[n][1], d_out[n], d_x[n], d_mod[n][0], d_mod[n][1]);
-    }
-}
-
 }
