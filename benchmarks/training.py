@@ -6,6 +6,7 @@
 
 import argparse
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,8 +68,10 @@ def step_time(points: list[tuple[str, int, float, float]]) -> Figure:
     gflops = [operations / 1e9 for operations in flops]
     axes.plot(gflops, [1000 * time for time in times], "o", label="training step")
     axes.plot(gflops, [1000 * time for time in rooflines], "-", color="grey", label="roofline")
-    for name, x, time in zip(names, gflops, times, strict=True):
-        axes.annotate(name, (x, 1000 * time), xytext=(0, 6), textcoords="offset points", fontsize=8, ha="center")
+    for name, x, time, after in zip(names, gflops, times, [*gflops[1:], math.inf], strict=True):
+        side = -1 if after < 1.2 * x else 1  # of two close points, the first has its name on its left
+        axes.annotate(name, (x, 1000 * time), xytext=(6 * side, 0), textcoords="offset points", fontsize=8, va="center",
+                      ha="left" if side == 1 else "right")
     axes.set(xscale="log", yscale="log", xlabel="GFLOP per step", ylabel="ms per step")
     axes.margins(x=0.1, y=0.1)
     axes.legend(loc="upper left")
