@@ -69,7 +69,7 @@ class TrainConfig:
     epochs: int = option(500, "passes over the training images")
     batch_size: int = option(300, "images per step; the rest of an epoch that fills no batch is left out")
     loss: str = option("l1", "distance between the noise and its prediction; the papers have mse", choices=("l1", "mse"))
-    min_snr: float = option(1.0, "weight of a timestep in the loss: min(SNR, MIN_SNR) / SNR; 0 for equal weights")
+    min_snr: float = option(0.3, "weight of a timestep in the loss: min(SNR, MIN_SNR) / SNR; 0 for equal weights")
     optimizer: str = option("muon", "Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all",
                             choices=("muon", "adamw"))
     lr: float = option(0.01, "highest learning rate")
