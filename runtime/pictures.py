@@ -24,7 +24,6 @@ LARGEST_SIDE, LARGEST_AREA = 65_000, 2**27  # pixels: JPEG ends at 65,500, GIF a
 
 def save_picture(path: Path, make: Callable[[], "Figure"]) -> None:
     """Make a figure and write it, with matplotlib's own defaults in place of the user's. Atomic; OSError if it fails."""
-
     try:
         import matplotlib.style
     except ValueError as error:  # MPLBACKEND, or a matplotlibrc that cannot be read

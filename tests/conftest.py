@@ -103,7 +103,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 
 
 def content(folder: Path) -> dict:
-    """The files of a folder but for locks: name -> bytes and time of change."""
+    """The files of a folder, except locks: name -> bytes and time of change."""
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()
             if path.is_file() and path.suffix != ".lock"}
 

@@ -85,6 +85,17 @@ def test_every_t_is_drawn_with_standard_normal_noise():
     assert torch.equal(again[0], t) and torch.equal(again[1], eps)
 
 
+def test_the_model_sees_the_times_of_a_respaced_chain():
+    seen = []
+
+    def model(x_t, t, y):
+        seen.append(t.tolist())
+        return x_t
+
+    D.respaced(10).loss(model, images(3, seed=1), torch.tensor([0, 1, 2]), torch.tensor([4, 1, 9]), images(3, seed=2))
+    assert seen == [[499, 199, 999]]
+
+
 # Against diffusers, step by step with the same noise
 
 def random_steps(scheduler, steps: int):
