@@ -23,7 +23,7 @@ def option(default, help, **argparse_settings):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a `DiT`; it travels inside the checkpoint. ValueError for sizes that do not divide."""
+    """The shape of a `DiT`; stored in the checkpoint. ValueError for sizes that do not divide."""
 
     image_size: int = option(28, "side of the images: MNIST's 28, or more with a black border")
     patch_size: int = option(4, "side of a square patch; must divide the side of the images")
@@ -36,8 +36,7 @@ class ModelConfig:
     num_classes: int = 10
     class_dropout_prob: float = option(0.1, "share of training labels replaced by the null class, for guidance")
     learn_sigma: bool = option(False, "predict the variance of a step too, as the paper does", action=BooleanOptionalAction)
-    # The 0.02 of the paper's code suits widths from 384 up; at width 64 it leaves the conditioning almost silent for
-    # thousands of steps.
+    # The paper's code has 0.02, at widths from 384 up. At width 64 the network then learns more slowly at first.
     label_init_std: float = option(1.0, "standard deviation of the initial label embeddings; the paper's code has 0.02")
     time_init_std: float = option(0.1, "standard deviation of the initial time MLP's weights; the paper's code has 0.02")
 
@@ -73,10 +72,10 @@ class TrainConfig:
     optimizer: str = option("muon", "Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all",
                             choices=("muon", "adamw"))
     lr: float = option(0.01, "highest learning rate")
-    lr_schedule: str = option("cosine", "falls as half a cosine to zero at the end, or stays the same",
+    lr_schedule: str = option("cosine", "cosine decay to 0, or constant",
                               choices=("cosine", "constant"))
-    ema_decay: float = option(0.9999, "decay of the EMA of the weights, which samples are drawn from")
-    seed: int = option(0, "of the initial weights, the order of the images, t, the noise and the dropped labels")
+    ema_decay: float = option(0.9999, "decay of the EMA of the weights, which is used for sampling; lower at first")
+    seed: int = option(0, "random seed of the initial weights, the order of the images, t, noise and dropped labels")
     limit: int = option(0, "use the first LIMIT images of each split only; 0 for all")
     data_dir: str = option("mnist", "directory that holds MNIST/raw/ with the four archives")
     checkpoint: str = option("model.pth", "file for the weights; loss.csv and loss.png go next to it")

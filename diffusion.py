@@ -23,7 +23,7 @@ Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 class GaussianDiffusion:
     """The chain q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I) and its learned reversal.
 
-    The schedule is float64 (DDPM eq. 2 and section 4). Its values are cast to the images' dtype when they are used.
+    The schedule is that of DDPM section 4, in float64. Its values are cast to the images' dtype when they are used.
     timesteps: (steps,), the times the chain visits; default: all of 0, ..., num_timesteps - 1. In a respaced chain, the
     methods below take t as an index into `timesteps`; the model always receives the time itself.
     """
@@ -32,7 +32,7 @@ class GaussianDiffusion:
         if num_timesteps < 1:
             raise ValueError(f"a diffusion needs at least 1 timestep, not {num_timesteps}")
         beta = torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64)  # DDPM section 4
-        if timesteps is not None:  # the beta between each of these times and the one before it (iDDPM section 4)
+        if timesteps is not None:  # the beta between each of these times and the one before it (iDDPM eq. 19)
             alpha_bar = torch.cumprod(1 - beta, dim=0)[timesteps]
             beta = 1 - alpha_bar / _shifted(alpha_bar)
         self.num_timesteps = num_timesteps
@@ -50,7 +50,7 @@ class GaussianDiffusion:
         return len(self.beta)
 
     def respaced(self, steps: int) -> "GaussianDiffusion":
-        """The same process at `steps` evenly spaced times, always including T-1, where sampling starts from pure noise.
+        """The same process at `steps` evenly spaced times (DDIM appendix D.2, "linear"), always including the noisiest, T-1.
 
         ValueError unless 1 <= steps <= T.
         """
@@ -100,7 +100,8 @@ class GaussianDiffusion:
     def p_mean_log_variance(self, x_t: Tensor, t: Tensor, out: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
         """Mean and log variance of p(x_t-1 | x_t). out: eps_hat, (N, C, H, W), or eps_hat and v, (N, 2C, H, W).
 
-        The mean is eq. 7 at the predicted x_0. This equals eq. 11, but allows x_0 to be clipped.
+        The mean is eq. 7 at the predicted x_0. Without clipping of x_0, that is DDPM eq. 11 (a test compares them):
+        (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_t).
         """
         eps_hat, v = split(out, x_t)
         x_0_hat = self.predict_x_0(x_t, t, eps_hat, clip)
@@ -130,8 +131,8 @@ class GaussianDiffusion:
             error = _at(snr.clamp(max=min_snr) / snr, t, x_0) * error
         if v is None:
             return error.mean()
-        # L_simple + 0.001 L_vlb (iDDPM eq. 16). L_vlb is a sum of T terms, estimated here from one of them: hence the factor
-        # len(self). It trains only v: eps_hat is detached.
+        # + 0.001 L_vlb, as in L_hybrid (iDDPM eq. 16), where the error is L_simple. L_vlb, in bits/dim as in the papers'
+        # code, is a sum of T terms, estimated here from one of them: hence the factor len(self). It trains only v.
         term = self.vlb_term(torch.cat([eps_hat.detach(), v], dim=1), x_0, x_t, t, clip=False)
         return error.mean() + 0.001 * len(self) * term.mean()
 
@@ -152,8 +153,7 @@ class GaussianDiffusion:
     def ddpm_step(self, x_t: Tensor, t: Tensor, out: Tensor, z: Tensor, clip: bool = True) -> Tensor:
         """x_t-1 ~ p(x_t-1 | x_t) (DDPM Algorithm 2, line 4). out: the model's output; z ~ N(0, I), not used at t = 0."""
         mean, log_variance = self.p_mean_log_variance(x_t, t, out, clip)
-        noisy = (t > 0).reshape(-1, 1, 1, 1)
-        return mean + noisy * (log_variance / 2).exp() * z
+        return mean + (t > 0).reshape(-1, 1, 1, 1) * (log_variance / 2).exp() * z
 
     def ddim_step(self, x_t: Tensor, t: Tensor, out: Tensor, z: Tensor, clip: bool = True, eta: float = 0.0) -> Tensor:
         """x_t-1 from x_t (DDIM eq. 12, whose alpha is DDPM's alpha_bar); z ~ N(0, I). out: as in `ddpm_step`.
@@ -163,8 +163,8 @@ class GaussianDiffusion:
         eps_hat, _ = split(out, x_t)
         x_0_hat = self.predict_x_0(x_t, t, eps_hat, clip)
         if clip:
-            eps_hat = self.predict_eps(x_t, t, x_0_hat)  # so that x_0_hat and eps_hat still make up x_t
-        variance = eta**2 * self.beta_tilde  # DDIM eq. 16
+            eps_hat = self.predict_eps(x_t, t, x_0_hat)  # keeps eps_hat consistent with the clipped x_0_hat
+        variance = eta**2 * self.beta_tilde  # sigma^2 of DDIM eq. 16
         direction = (1 - self.alpha_bar_prev - variance).sqrt()  # 0 at t = 0, as is the variance: the last step is x_0_hat
         return (_at(self.alpha_bar_prev.sqrt(), t, x_t) * x_0_hat
                 + _at(direction, t, x_t) * eps_hat + _at(variance.sqrt(), t, x_t) * z)
@@ -198,7 +198,7 @@ class GaussianDiffusion:
             if on_step:
                 on_step(time + 1, x_t)
             out = model(x_t, torch.full_like(y, time), y)
-            z = torch.randn(shape, generator=generator, device=y.device, dtype=x_t.dtype)
+            z = torch.randn(shape, generator=generator, device=y.device, dtype=x_t.dtype)  # unused by DDIM with eta = 0
             x_t = step(x_t, torch.full_like(y, i), out, z, **step_settings)
         if on_step:
             on_step(0, x_t)
@@ -208,8 +208,8 @@ class GaussianDiffusion:
 def guided(model: Model, guidance: float, null_class: int) -> Model:
     """Classifier-free guidance (CFG eq. 6 with guidance = 1 + w; DiT section 3.1, "s"), of every channel of eps.
 
-    eps_hat = eps(null) + guidance * (eps(y) - eps(null)): 1 is the plain conditional model, 0 the unconditional one. A
-    predicted variance stays that of the conditional model, as in the paper's code.
+    eps_hat = eps(null) + guidance * (eps(y) - eps(null)) = (1 + w) eps(y) - w eps(null). 1 is the plain conditional model,
+    0 the unconditional one. A predicted variance stays that of the conditional model, as in the paper's code.
     """
     if guidance == 1:
         return model  # the two cases that need one evaluation per step, not two

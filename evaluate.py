@@ -1,4 +1,4 @@
-"""How good the digits are, next to real ones: classified as what was asked for, distributed alike, and not memorised.
+"""Compare generated digits with real ones: are they the digits asked for, as varied, and not memorised?
 
     python evaluate.py --sampler ddim --json results.json
 """
@@ -111,7 +111,7 @@ def fid(classifier: Classifier, real: Tensor, generated: Tensor) -> float:
     """Frechet distance of two sets of images (N, 1, 28, 28), in the features of the classifier (Heusel et al. 2017).
 
     |m - m'|^2 + tr(C + C' - 2 (C C')^1/2) with the means and covariances of both. Not comparable with Inception's FID, nor
-    with that of another number of images: fewer give more.
+    with that of another number of images: fewer images give a higher FID.
     """
     features = [in_batches(classifier.features, images).cpu().double() for images in (real, generated)]
     (m, C), (m_2, C_2) = ((x.mean(dim=0), x.T.cov()) for x in features)
@@ -134,7 +134,8 @@ def coverage_figures(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, f
 
 
 def memorised(images: Tensor, training: Tensor) -> float:
-    """The share of images 3 times nearer to one training image than to the next. (N, 1, 28, 28), (M, 1, 28, 28)."""
+    """The share of images 3 times nearer to one training image than to the next (Yoon et al. 2023, "Diffusion probabilistic
+    models generalize when they fail to memorize"). (N, 1, 28, 28), (M, 1, 28, 28)."""
     near = in_batches(lambda x: torch.cdist(x.flatten(1), training.flatten(1)).topk(2, largest=False).values, images)
     return (near[:, 0] < near[:, 1] / 3).float().mean().item()
 
@@ -171,7 +172,7 @@ def sample_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def nll_bound(model: DiT, digits: Digits, seed: int = 0) -> float:
-    """The bound of -log p(x_0 | y) (DDPM eq. 5), a mean over `digits` in bits/dim: the prior's term and those of all t."""
+    """Upper bound on -log p(x_0 | y) (DDPM eq. 5), a mean over `digits` in bits/dim: the prior's term and those of all t."""
     diffusion, network = GaussianDiffusion(T), fused(model, frozen=True)
     generator = torch.Generator(digits.images.device).manual_seed(seed)
     kept = diffusion.alpha_bar[-1].item()  # of x_0 in x_T
@@ -215,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--n", type=int, default=10_000, help="images to sample (default: 10000)")
     add_sampling_options(parser)
-    add("--data-dir", type=Path, default=Path("mnist"), help="of MNIST/raw/ and the classifier (default: mnist)")
+    add("--data-dir", type=Path, default=Path("mnist"), help="directory with MNIST/raw/ and the classifier (default: mnist)")
     add("--bpd", type=int, nargs="?", const=MNIST_TEST_IMAGES, default=0, metavar="N",
         help="measure the NLL bound of N test images too, by default of all: 1000 evaluations each, without guidance")
     add("--json", type=Path, metavar="FILE", help="write the figures there too")

@@ -121,7 +121,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--eta", type=float, default=0.0, help=f"noise of ddim: 0 is none, 1 as much as ddpm {default}")
     add("--guidance", type=float, metavar="S", default=GUIDANCE,
         help=f"S of eps(null) + S (eps(digit) - eps(null)); 1 is none {default}")
-    add("--seed", type=int, default=0, help=f"of the noise {default}")
+    add("--seed", type=int, default=0, help=f"random seed of the noise {default}")
     add("--checkpoint", type=Path, default=Path("model.pth"), help=f"the weights {default}")
     add("--device", default="auto", help=f"cpu, cuda, mps, ...; auto is a GPU if there is one {default}")
 

@@ -14,8 +14,7 @@ def sinusoid(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     half = dim // 2
     omega = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angle = t.float()[:, None] * omega
-    # All cosines, then all sines, where "Attention is all you need" alternates sine and cosine. The order is the paper's
-    # code's; any would do, but trained weights depend on it.
+    # As in the paper's code: all cosines, then all sines. Any order would do, but trained weights depend on it.
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 

@@ -49,7 +49,7 @@ def make_optimizers(model: DiT, cfg: TrainConfig) -> list[torch.optim.Optimizer]
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if cfg.optimizer == "muon" else []
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=True)]
-    if matrices:  # Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both
+    if matrices:  # updates as large as AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982)
         optimizers.append(torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
@@ -73,7 +73,7 @@ def held_out_loss(model: nn.Module, diffusion: GaussianDiffusion, digits: Digits
     return total / len(digits)
 
 
-def look(ema: nn.Module, diffusion: GaussianDiffusion, config: ModelConfig, device: torch.device) -> torch.Tensor:
+def sample_digits(ema: nn.Module, diffusion: GaussianDiffusion, config: ModelConfig, device: torch.device) -> torch.Tensor:
     """One sample of each digit, (10, 1, H, W), from the same noise at every call."""
     y = torch.arange(config.num_classes, device=device)
     x_T = torch.randn(len(y), 1, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
@@ -81,7 +81,7 @@ def look(ema: nn.Module, diffusion: GaussianDiffusion, config: ModelConfig, devi
     return diffusion.ddim_sample(network, x_T.shape, y, steps=SAMPLE_STEPS, x_T=x_T.to(device))
 
 
-def time_to_look(epoch: int, epochs: int) -> bool:
+def samples_due(epoch: int, epochs: int) -> bool:
     """After 1, 2, 5, 10, 20, 50, ... epochs and after the last."""
     return epoch == epochs or str(epoch).rstrip("0") in ("1", "2", "5")
 
@@ -128,8 +128,8 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
                 update_ema(ema, model, run.step + 1, cfg.ema_decay)
                 run.end_step(loss)
             run.end_epoch(held_out_loss(fast_ema, diffusion, test_set, cfg.loss))
-            if time_to_look(epoch, cfg.epochs):
-                run.add_samples(look(ema, diffusion, cfg.model, device))
+            if samples_due(epoch, cfg.epochs):
+                run.add_samples(sample_digits(ema, diffusion, cfg.model, device))
     return ema
 
 

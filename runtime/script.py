@@ -20,7 +20,7 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory") 
 
 
 class TrainingError(Exception):
-    """Training cannot start or go on; the message says why."""
+    """Training cannot start or continue; the message says why."""
 
 
 class Stopped(Exception):
@@ -101,7 +101,7 @@ def check_files(outputs: Iterable[Path | None], inputs: Iterable[Path | None] = 
 
 
 def lock(path: Path) -> BinaryIO:
-    """Claim `path` and the files beside it until the result is closed or the process dies, kill -9 included.
+    """Claim `path` and the files next to it until the result is closed or the process dies, kill -9 included.
 
     TrainingError if another process has them.
     """
@@ -116,7 +116,7 @@ def lock(path: Path) -> BinaryIO:
         held.write(b"%d" % os.getpid())
     except BlockingIOError:
         held.seek(0)
-        raise TrainingError(f"{path} or a file beside it is being written by process {held.read().decode() or '?'}: choose "
+        raise TrainingError(f"{path} or a file next to it is being written by process {held.read().decode() or '?'}: choose "
                             "another --checkpoint, or wait until it has ended") from None
     except OSError:  # a file system without locks, or a full one
         pass

@@ -143,7 +143,7 @@ def test_a_second_run_is_refused_as_long_as_the_first_lives(tmp_path, start, tra
     os.kill(process.pid, signal.SIGSTOP)  # it stays where it is
     before = content(tmp_path)
     place = tmp_path / "folder" / second if second == "link.pth" else tmp_path / second
-    refused(train.main, 1, f"{place} or a file beside it is being written by process {process.pid}",
+    refused(train.main, 1, f"{place} or a file next to it is being written by process {process.pid}",
             "--checkpoint", place, *TINY, "--seed", 5)
     assert content(tmp_path) == before
     process.kill()

@@ -158,10 +158,10 @@ def test_the_noise_of_a_seed_is_the_same_for_every_network(folders, train_tiny, 
     assert not set(other) & set(same[0])
 
 
-def test_looks_change_no_random_number(folders, train_tiny, monkeypatch):
+def test_samples_change_no_random_number(folders, train_tiny, monkeypatch):
     a, b = folders(2)
     assert train_tiny(a, "--epochs", 2)[0] == 0
-    monkeypatch.setattr(train, "time_to_look", lambda *args: False)
+    monkeypatch.setattr(train, "samples_due", lambda *args: False)
     torch.manual_seed(99)
     assert train_tiny(b, "--epochs", 2)[0] == 0
     states = [load_checkpoint(folder / "model.resume.pth", STATE) for folder in (a, b)]
