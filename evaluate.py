@@ -101,20 +101,17 @@ def in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return torch.cat([function(part) for part in images.split(500)])
 
 
-def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Share of images (N, 1, 28, 28) classified as their label (N,): of all, and of the worst digit."""
-    right = (in_batches(classifier, images).argmax(dim=1) == labels).float()
-    return right.mean().item(), min(right[labels == digit].mean().item() for digit in range(10))
+def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
+    """The share of images (N, 1, 28, 28) that are classified as their label (N,)."""
+    return (in_batches(classifier, images).argmax(dim=1) == labels).float().mean().item()
 
 
-def fid(classifier: Classifier, real: Tensor, generated: Tensor) -> float:
-    """Frechet distance of two sets of images (N, 1, 28, 28), in the features of the classifier (Heusel et al. 2017).
+def fid(real: Tensor, generated: Tensor) -> float:
+    """Frechet distance of features (N, D) and (M, D): |m - m'|^2 + tr(C + C' - 2 (C C')^1/2) (Heusel et al. 2017).
 
-    |m - m'|^2 + tr(C + C' - 2 (C C')^1/2) with the means and covariances of both. Not comparable with Inception's FID, nor
-    with that of another number of images: fewer images give a higher FID.
+    m, C: mean and covariance. Not comparable with Inception FID, nor with another number of images: fewer give a higher FID.
     """
-    features = [in_batches(classifier.features, images).cpu().double() for images in (real, generated)]
-    (m, C), (m_2, C_2) = ((x.mean(dim=0), x.T.cov()) for x in features)
+    (m, C), (m_2, C_2) = ((x.mean(dim=0), x.T.cov()) for x in (real.cpu().double(), generated.cpu().double()))
     roots = torch.linalg.eigvals(C @ C_2).real.clamp(min=0).sqrt()  # the eigenvalues of (C C')^1/2
     return ((m - m_2).square().sum() + C.trace() + C_2.trace() - 2 * roots.sum()).item()
 
@@ -140,22 +137,25 @@ def memorised(images: Tensor, training: Tensor) -> float:
     return (near[:, 0] < near[:, 1] / 3).float().mean().item()
 
 
+def distribution_figures(classifier: Classifier, test_images: Tensor, images: Tensor) -> dict[str, float]:
+    """FID, precision, recall, density and coverage of images (N, 1, 28, 28) against the test images."""
+    real, generated = (in_batches(classifier.features, some) for some in (test_images, images))
+    return {"FID": fid(real, generated), **coverage_figures(real, generated)}
+
+
 def evaluate(images: Tensor, labels: Tensor, classifier: Classifier, train_set: Digits, test_set: Digits) -> dict[str, dict]:
     """Every figure: name -> {"generated": its value for the images, "real": the same for real images}.
 
-    images: (N, 1, 28, 28) in [-1, 1]; labels: (N,), what was asked for. Both kinds are compared with the test images. The
-    real ones are the first N training images; for accuracy and memorised ones, the test images.
+    images: (N, 1, 28, 28) in [-1, 1]; labels: (N,), what was asked for. The real ones are the test images, and where images
+    are compared with these, the first N training images.
     """
     (training, _), (test_images, test_labels) = train_set[:], test_set[:]
-    results = {}
-    for kind, compared, seen, wanted in (("generated", images, images, labels),
-                                         ("real", training[:len(images)], test_images, test_labels)):
-        overall, worst = accuracy(classifier, seen, wanted)
-        figures = {"accuracy": overall, "worst digit": worst, "FID": fid(classifier, test_images, compared)}
-        figures |= coverage_figures(*(in_batches(classifier.features, some) for some in (test_images, compared)))
-        for name, value in {**figures, "memorised": memorised(seen, training)}.items():
-            results.setdefault(name, {})[kind] = value
-    return results
+    generated, real = ({"accuracy": accuracy(classifier, seen, wanted),
+                        **distribution_figures(classifier, test_images, compared),
+                        "memorised": memorised(seen, training)}
+                       for seen, wanted, compared in ((images, labels, images),
+                                                      (test_images, test_labels, training[:len(images)])))
+    return {name: {"generated": generated[name], "real": real[name]} for name in real}
 
 
 def sample_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def found(rows: Rows) -> Rows:
     return rows
 
 
-def over_seeds(rows: Rows, x: Callable[[dict], float], y: str = "fid") -> list[tuple[float, float, float, float]]:
+def over_seeds(rows: Rows, x: Callable[[dict], float], y: str = "FID") -> list[tuple[float, float, float, float]]:
     """(x, mean, least and greatest y) at each x, over the rows that share it."""
     groups = {}
     for row in rows:
@@ -52,7 +52,7 @@ def over_seeds(rows: Rows, x: Callable[[dict], float], y: str = "fid") -> list[t
     return [(at, statistics.mean(values), min(values), max(values)) for at, values in sorted(groups.items())]
 
 
-def curve(axes: Axes, rows: Rows, x: Callable[[dict], float], y: str = "fid", **style) -> None:
+def curve(axes: Axes, rows: Rows, x: Callable[[dict], float], y: str = "FID", **style) -> None:
     """The mean over seeds, with a band from the least to the greatest."""
     if rows:
         at, mean, least, greatest = zip(*over_seeds(rows, x, y), strict=True)
@@ -60,7 +60,7 @@ def curve(axes: Axes, rows: Rows, x: Callable[[dict], float], y: str = "fid", **
         axes.fill_between(at, least, greatest, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def real_line(axes: Axes, rows: Rows, n: int, y: str = "fid") -> None:
+def real_line(axes: Axes, rows: Rows, n: int, y: str = "FID") -> None:
     for row in rows:
         if (row["run"], row["n"]) == (REAL, n):
             axes.axhline(row[y], color="black", linestyle="-.", linewidth=1, label=REAL)
@@ -204,12 +204,12 @@ def guidance(rows: Rows) -> Figure:
     """FID, precision and recall against the strength of guidance."""
     mine = found([row for row in select(rows, guidance=None, seed=0) if row["model"] in GUIDED])
     figure = Figure(figsize=(9, 3), dpi=DPI, layout="constrained")
-    for axes, name in zip(figure.subplots(1, 3), ("fid", "precision", "recall"), strict=True):
+    for axes, name in zip(figure.subplots(1, 3), ("FID", "precision", "recall"), strict=True):
         for model in GUIDED:
             curve(axes, [row for row in mine if row["model"] == model], lambda row: row["guidance"], name,
                   color=COLORS[model.split("/")[0]], marker="o", label=model)
         real_line(axes, rows, CURVE_IMAGES, name)
-        finish(axes, xlabel="guidance", ylabel="FID" if name == "fid" else name)
+        finish(axes, xlabel="guidance", ylabel=name)
     return legend_outside(figure)
 
 

@@ -27,7 +27,7 @@ import train
 from config import TrainConfig, pick_device
 from dataset import load_mnist
 from dit import DiT
-from evaluate import Classifier, accuracy, coverage_figures, fid, in_batches, sample_images, trained_classifier
+from evaluate import Classifier, accuracy, distribution_figures, sample_images, trained_classifier
 from experiments import study
 from experiments.study import COLUMNS, REAL, STEPS, TABLE, Network, Setting
 from inference import generate
@@ -67,7 +67,6 @@ class Worker:
         self.train_set, self.test_set = (load_mnist(training, recipe.data_dir, device, recipe.limit)
                                          for training in (True, False))
         self.classifier = classifier or trained_classifier(Path(recipe.data_dir) / "classifier.pth", self.train_set)
-        self.test_features = in_batches(self.classifier.features, self.test_set[:][0])
 
     def work(self, entries: study.Entries) -> None:
         """All that is missing and that no other worker has taken. TrainingError if some of it failed."""
@@ -112,9 +111,8 @@ class Worker:
 
     def figures(self, images: Tensor, classified: Tensor, labels: Tensor) -> dict[str, float]:
         """How `images` compare with the test images, and which share of those classified are what their labels say."""
-        return {"accuracy": accuracy(self.classifier, classified, labels)[0],
-                "fid": fid(self.classifier, self.test_set[:][0], images),
-                **coverage_figures(self.test_features, in_batches(self.classifier.features, images))}
+        return {"accuracy": accuracy(self.classifier, classified, labels),
+                **distribution_figures(self.classifier, self.test_set[:][0], images)}
 
     def append(self, row: dict) -> None:
         with locked(self.table, wait=True), self.table.open("a") as file:

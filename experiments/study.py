@@ -31,7 +31,7 @@ REAL = "real images"  # instead of a run's name, in the rows that say what real 
 # How each column is read. n: images measured; multiply_adds: of one forward pass for one image; test_loss, train_seconds:
 # from the run's loss.csv. A row of real images leaves most cells empty.
 COLUMNS = {"run": str, "model": str, "block": str, "recipe": str, "seed": int, "epoch": int, "step": int,
-           "sampling_steps": int, "guidance": float, "n": int, "accuracy": float, "fid": float, "precision": float,
+           "sampling_steps": int, "guidance": float, "n": int, "accuracy": float, "FID": float, "precision": float,
            "recall": float, "density": float, "coverage": float, "test_loss": float, "parameters": int,
            "multiply_adds": int, "train_seconds": float}
 

@@ -24,10 +24,10 @@ def final_table(rows: Rows) -> str:
         groups.setdefault((row["model"], row["block"], row["recipe"]), []).append(row)
     for names, group in sorted(groups.items(), key=lambda one: (list(FAMILY).index(one[0][0]), BLOCKS.index(one[0][1]))):
         lines.append([*names, f"{group[0]['multiply_adds'] / 1e6:.2f}", f"{group[0]['parameters'] / 1e3:.1f}",
-                      str(len(group)), spread([row["fid"] for row in group], ".2f"),
+                      str(len(group)), spread([row["FID"] for row in group], ".2f"),
                       spread([100 * row["accuracy"] for row in group], ".2f"),
                       f"{statistics.mean(row['train_seconds'] for row in group) / 60:.0f}"])
-    lines += [[REAL, *[""] * 5, f"{row['fid']:.2f}", f"{100 * row['accuracy']:.2f}", ""] for row in rows
+    lines += [[REAL, *[""] * 5, f"{row['FID']:.2f}", f"{100 * row['accuracy']:.2f}", ""] for row in rows
               if (row["run"], row["n"]) == (REAL, FINAL_IMAGES)]
     return markdown(("model", "block", "recipe", "multiply-adds, M", "parameters, K", "seeds", "FID", "accuracy, %",
                      "training, minutes"), lines)
@@ -37,7 +37,7 @@ def guidance_table(rows: Rows) -> str:
     """As the paper's Tables 2 and 3."""
     mine = [row for row in select(rows, guidance=None, seed=0) if row["model"] in GUIDED]
     mine += [row for row in rows if (row["run"], row["n"]) == (REAL, CURVE_IMAGES)]
-    lines = [[row["model"] or REAL, "" if row["guidance"] is None else f"{row['guidance']:g}", f"{row['fid']:.2f}",
+    lines = [[row["model"] or REAL, "" if row["guidance"] is None else f"{row['guidance']:g}", f"{row['FID']:.2f}",
               f"{row['precision']:.3f}", f"{row['recall']:.3f}", f"{100 * row['accuracy']:.2f}"]
              for row in sorted(mine, key=lambda row: (row["model"] or "~", row["guidance"] or 0))]
     return markdown(("model", "guidance", "FID", "precision", "recall", "accuracy, %"), lines)
@@ -45,7 +45,7 @@ def guidance_table(rows: Rows) -> str:
 
 def rate_table(rows: Rows) -> str:
     """FID of the two networks whose learning rate was tried, after the epochs that all three rates have."""
-    lines = [[row["model"], row["block"], row["recipe"], str(row["epoch"]), f"{row['fid']:.2f}"]
+    lines = [[row["model"], row["block"], row["recipe"], str(row["epoch"]), f"{row['FID']:.2f}"]
              for model, block in (("XL/4", "adaLN-Zero"), ("B/4", "in-context"))
              for recipe in ("muon-0.002", "muon", "muon-0.008")
              for row in select(rows, model=model, block=block, recipe=recipe, epoch=EPOCHS[2], seed=0)]

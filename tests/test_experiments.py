@@ -55,7 +55,7 @@ def test_one_row_per_measurement_and_nothing_is_done_twice(undisturbed, monkeypa
     first, third = table[1], table[3]
     assert (first["step"], first["epoch"], first["multiply_adds"], first["parameters"]) == (3, 1, 718_848, 71_697)
     assert (third["step"], third["epoch"], third["sampling_steps"], third["guidance"], third["n"]) == (9, 3, 1, 2.0, 100)
-    assert all(math.isfinite(row["fid"]) for row in table) and first["test_loss"] > third["test_loss"] > 0
+    assert all(math.isfinite(row["FID"]) for row in table) and first["test_loss"] > third["test_loss"] > 0
     strips = {path.name: Image.open(path).size for path in (undisturbed / "results" / "samples").iterdir()}
     assert strips == {"S7-adaLN-Zero-muon-0.png": (280, 28), "S7-in-context-muon-1.png": (280, 28)}
     monkeypatch.setattr("train.train", None)
@@ -119,7 +119,7 @@ def synthetic(network: Network, setting: Setting) -> dict:
     penalty = dict(zip(BLOCKS, (1.3, 1.25, 1.1, 1.0), strict=True))[network.block] * (1 + 20 * (network.model == "S/7"))
     fid = 1.5 + penalty * 3e5 / (costs["multiply_adds"] * setting.epoch)**0.6 * (1 + 5 / setting.sampling_steps)
     return {"run": network.name, "step": 937 * setting.epoch, **vars(network), **vars(setting), **costs, "test_loss": 0.1,
-            "fid": fid * noise.uniform(0.9, 1.1) * (1 + (setting.guidance - 2)**2), "accuracy": noise.uniform(0.8, 1),
+            "FID": fid * noise.uniform(0.9, 1.1) * (1 + (setting.guidance - 2)**2), "accuracy": noise.uniform(0.8, 1),
             "precision": 0.6 + setting.guidance / 20, "recall": 0.9 - setting.guidance / 10, "density": 1.0,
             "coverage": 0.9, "train_seconds": 60.0 * setting.epoch}
 
@@ -128,7 +128,7 @@ def synthetic(network: Network, setting: Setting) -> dict:
 def full_results(tmp_path):
     """runs.csv and samples/ as the whole study would leave them."""
     every = {(network, setting) for network, settings in study.everything() for setting in settings}
-    real = [{"run": REAL, "n": n, "fid": 0.5, "accuracy": 0.995, "precision": 0.9, "recall": 0.9}
+    real = [{"run": REAL, "n": n, "FID": 0.5, "accuracy": 0.995, "precision": 0.9, "recall": 0.9}
             for n in (CURVE_IMAGES, study.FINAL_IMAGES)]
     lines = [study.line(row) for row in (*real, *(synthetic(*one) for one in sorted(every, key=repr)))]
     (tmp_path / "runs.csv").write_text(",".join(study.COLUMNS) + "\n" + "".join(lines))
