@@ -79,7 +79,7 @@ def architecture() -> Figure:
     ], top=9.4, gap=1.25)
     condition = column(axes, 5.0, [
         ("t, y: time and digit", DATA, "(N,), (N,)"),
-        ("sinusoid, MLP of t\n+ label row of y", LEARNED, ""),
+        ("sinusoid, MLP of t\n+ label embedding of y", LEARNED, ""),
     ], top=9.4, gap=1.25)
     c = condition[1] - 1.25
     arrow(axes, 5.0, condition[1] - 0.32, 5.0, c + 0.32, shape["t_embedder"])
