@@ -71,7 +71,7 @@ class TrainConfig:
     min_snr: float = option(0.3, "weight of a timestep in the loss: min(SNR, MIN_SNR) / SNR; 0 for equal weights")
     optimizer: str = option("muon", "Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all",
                             choices=("muon", "adamw"))
-    lr: float = option(0.01, "highest learning rate")
+    lr: float = option(0.005, "highest learning rate")
     lr_schedule: str = option("cosine", "cosine decay to 0, or constant",
                               choices=("cosine", "constant"))
     ema_decay: float = option(0.9999, "decay of the EMA of the weights, which is used for sampling; lower at first")
