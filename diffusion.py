@@ -23,7 +23,7 @@ Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 class GaussianDiffusion:
     """The chain q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I) and its learned reversal.
 
-    The schedule is that of DDPM section 4, in float64. Its values are cast to the images' dtype when they are used.
+    The schedule is that of DDPM section 4, in float64 on the CPU. Its values are cast and moved when they are used.
     timesteps: (steps,), the times the chain visits; default: all of 0, ..., num_timesteps - 1. In a respaced chain, the
     methods below take t as an index into `timesteps`; the model always receives the time itself.
     """
@@ -31,12 +31,12 @@ class GaussianDiffusion:
     def __init__(self, num_timesteps: int = T, timesteps: Tensor | None = None):
         if num_timesteps < 1:
             raise ValueError(f"a diffusion needs at least 1 timestep, not {num_timesteps}")
-        beta = torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64)  # DDPM section 4
+        beta = torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64, device="cpu")  # DDPM section 4
         if timesteps is not None:  # the beta between each of these times and the one before it (iDDPM eq. 19)
             alpha_bar = torch.cumprod(1 - beta, dim=0)[timesteps]
             beta = 1 - alpha_bar / _shifted(alpha_bar)
         self.num_timesteps = num_timesteps
-        self.timesteps = torch.arange(num_timesteps) if timesteps is None else timesteps
+        self.timesteps = torch.arange(num_timesteps, device="cpu") if timesteps is None else timesteps
         self.beta = beta
         self.alpha = 1 - beta
         self.alpha_bar = torch.cumprod(self.alpha, dim=0)
@@ -56,7 +56,7 @@ class GaussianDiffusion:
         """
         if not 1 <= steps <= len(self):
             raise ValueError(f"the number of sampling steps must lie in [1, {len(self)}], not {steps}")
-        kept = (torch.arange(1, steps + 1, dtype=torch.float64) * len(self) / steps).round().long() - 1
+        kept = (torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") * len(self) / steps).round().long() - 1
         return self if steps == len(self) else GaussianDiffusion(self.num_timesteps, self.timesteps[kept])
 
     # Forward process
@@ -260,7 +260,7 @@ def discretized_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor) 
 
 def _shifted(alpha_bar: Tensor) -> Tensor:
     """alpha_bar of the time before each one; before the first comes x_0, which has no noise: alpha_bar = 1."""
-    return torch.cat([torch.ones(1, dtype=alpha_bar.dtype), alpha_bar[:-1]])
+    return F.pad(alpha_bar[:-1], (1, 0), value=1.0)
 
 
 def _at(values: Tensor, t: Tensor, images: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm
 def as_labels(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
     """(N,) int64. ValueError unless they are whole numbers in [0, num_classes]."""
     with suppress(TypeError, ValueError, RuntimeError):
-        y = torch.as_tensor(labels)
+        y = torch.as_tensor(labels, device="cpu")
         torch.iinfo(y.dtype)  # an error for floats and bools
         if y.ndim == 1 and len(y) and set(y.tolist()) <= set(range(num_classes + 1)):
             return y.long()

@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 
 import matplotlib
 import numpy as np
@@ -168,14 +170,26 @@ def test_settings_out_of_range(open_network, settings):
         generate(open_network, [1], **settings)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_torchs_default_dtype_does_not_matter(tiny_checkpoint, dtype):
-    first = generate(load_model(tiny_checkpoint)[0], range(3), steps=2)
+@contextmanager
+def default_dtype(dtype):
     torch.set_default_dtype(dtype)
-    try:
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("state", [partial(default_dtype, torch.float64), partial(default_dtype, torch.float16),
+                                   partial(torch.device, "meta"), torch.inference_mode, torch.enable_grad])
+def test_torchs_global_state_does_not_matter(tiny_checkpoint, state):
+    first = generate(load_model(tiny_checkpoint)[0], range(3), steps=2)
+    with state():
         assert torch.equal(generate(load_model(tiny_checkpoint)[0], range(3), steps=2), first)
-    finally:
-        torch.set_default_dtype(torch.float32)
+
+
+def test_under_autocast_it_is_the_same_to_its_precision(tiny_checkpoint):
+    model = load_model(tiny_checkpoint)[0]
+    with torch.autocast("cpu"):
+        rounded = generate(model, range(3), steps=2)
+    assert rounded.dtype == torch.float32 and torch.allclose(rounded, generate(model, range(3), steps=2), atol=0.05)
 
 
 @pytest.mark.parametrize("settings", [{"in_channels": 3}, {"image_size": 35, "patch_size": 5}, {"class_dropout_prob": 0.0}],

@@ -169,7 +169,9 @@ class FusedBlocks(nn.Module):
         self.library.transposed(*arguments(len(packed), packed, transposed), torch.get_num_threads())
         return packed, transposed
 
+    @torch.autocast("cpu", enabled=False)
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x, c = x.float(), c.float()
         (N, D), depth = c.shape, len(self.blocks)
         if len(x) != N:
             raise ValueError(f"{len(x)} images cannot be conditioned on {N} times and labels")
