@@ -69,7 +69,7 @@ def augmented(images: Tensor) -> Tensor:
 def trained_classifier(file: Path, train_set: Digits, epochs: int = EPOCHS) -> Classifier:
     """The classifier kept in `file`; if there is none, it is trained on real images and kept there. In eval mode.
 
-    Leaves the caller's random state as it was. CheckpointError if the file is unfit, OSError if it cannot be written.
+    Leaves the CPU's random state as it was. CheckpointError if the file is unfit, OSError if it cannot be written.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -68,13 +68,13 @@ def sample_pictures(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     """What the command line asks for. CheckpointError or OSError with a one-sentence message."""
     model = load_sampling_model(args)
     print(f"{args.described}, with eps_hat = eps(null) + guidance (eps(digit) - eps(null))")
-    y = torch.tensor(args.digits).repeat_interleave(args.per_digit)
-    per_row = args.per_digit if args.per_digit > 1 else len(y)  # in the animation
-    sizes = [(len(y), args.columns) if args.columns > 1 else (len(args.digits), args.per_digit)]
-    if args.gif:
-        sizes.append((len(y) // per_row, per_row))
+    count = len(args.digits) * args.per_digit
+    per_row = args.per_digit if args.per_digit > 1 else count  # in the animation
+    sizes = [(count, args.columns) if args.columns > 1 else (len(args.digits), args.per_digit),
+             *([(count // per_row, per_row)] if args.gif else [])]
     if not all(fits(*size, model.config.image_size) for size in sizes):
         parser.error("the picture is too large: try fewer --digits, --per-digit or --columns")
+    y = torch.tensor(args.digits).repeat_interleave(args.per_digit)
     all_times = [*(GaussianDiffusion(T).respaced(args.steps).timesteps.flip(0) + 1).tolist(), 0]
     times = denser_at_the_end(all_times, args.columns)
     frames = denser_at_the_end(all_times, 31) if args.gif else []

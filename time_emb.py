@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 
-def sinusoid(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """[cos(t w_0), ..., cos(t w_h-1), sin(t w_0), ..., sin(t w_h-1)] with h = dim / 2 and w_i = max_period^(-i / h).
+def sinusoid(t: Tensor, dim: int) -> Tensor:
+    """[cos(t w_0), ..., cos(t w_h-1), sin(t w_0), ..., sin(t w_h-1)] with h = dim / 2 and w_i = 10000^(-i / h).
 
     t: (N,), any real values; returns (N, dim), float32. `dim` is even.
     """
     half = dim // 2
-    omega = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    omega = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angle = t.float()[:, None] * omega
     # As in the paper's code: all cosines, then all sines. Any order would do, but trained weights depend on it.
     return torch.cat([angle.cos(), angle.sin()], dim=1)

@@ -194,7 +194,7 @@ def figure9(rows: Rows) -> Figure:
 
 def figure10(rows: Rows) -> Figure:
     """FID against sampling compute."""
-    mine = [row for row in found(select(rows, sampling_steps=None)) if row["seed"] == 0]
+    mine = found(select(rows, sampling_steps=None, seed=0))
     figure = against_compute(mine, sampling_compute, "multiply-adds per sampled image")
     real_line(figure.axes[0], rows, CURVE_IMAGES)
     return legend_outside(figure)

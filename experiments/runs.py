@@ -66,7 +66,8 @@ class Worker:
         device = pick_device(recipe.device)
         self.train_set, self.test_set = (load_mnist(training, recipe.data_dir, device, recipe.limit)
                                          for training in (True, False))
-        self.classifier = classifier or trained_classifier(Path(recipe.data_dir) / "classifier.pth", self.train_set)
+        with locked(folder / "classifier.lock", wait=True):
+            self.classifier = classifier or trained_classifier(Path(recipe.data_dir) / "classifier.pth", self.train_set)
 
     def work(self, entries: study.Entries) -> None:
         """All that is missing and that no other worker has taken. TrainingError if some of it failed."""

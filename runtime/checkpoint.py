@@ -53,7 +53,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     temporary = _temporary(file)
     try:
         write(temporary)
-        _sync(temporary)
+        _sync(temporary, os.O_RDWR)  # Windows syncs no file that is open for reading only
         os.replace(temporary, file)
     except OSError as error:
         raise OSError(f"{path} could not be written ({error.strerror or error}); it is as it was before") from error
@@ -61,7 +61,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":
         try:
-            _sync(file.parent)  # the new name itself, which lives in the directory
+            _sync(file.parent, os.O_RDONLY)  # the new name itself, which lives in the directory
         except OSError as error:
             raise OSError(f"{path} is written, but a power cut could undo that ({error.strerror or error})") from error
 
@@ -75,8 +75,8 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:
@@ -231,30 +231,16 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Di
     info = load_checkpoint(path, WEIGHTS)
     weights = info.pop("ema")
     try:
-        model = build(path, weights, ModelConfig(**info["model_config"]))
+        config = ModelConfig(**info["model_config"])
+        if len(weights) < 8 * config.depth:  # a few bytes can ask for a network of many blocks, which take time
+            raise ValueError(f"{len(weights)} tensors are too few for {config.depth} blocks")
+        with torch.device("meta"):  # or of large ones: here they take no memory
+            model = DiT(config, initialize=False).float()
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes a network that this code does not build: {printable(error)}") from error
-    model.load_state_dict(weights)
-    return model.to(device).eval().requires_grad_(False), info
-
-
-def build(path: str | Path, weights: dict, config: ModelConfig) -> DiT:
-    """A network of `config` on the CPU, once `weights` are known to fit it; it does not hold them yet.
-
-    CheckpointError if they do not. Sizes are compared before anything is built: a few bytes can ask for a huge network.
-    """
-    D, patch, mlp_size = config.hidden_size, config.patch_size, int(config.hidden_size * config.mlp_ratio)
-    # Every design has at least these weights: positions, labels, patches, time; attention and MLP of each block.
-    rows = (config.image_size // patch)**2 + config.num_classes + config.in_channels * patch**2 + 256
-    least = D * (rows + config.depth * (4 * D + 2 * mlp_size))
-    held = sum(value.numel() for value in weights.values() if isinstance(value, Tensor))
-    if held < least or len(weights) < 8 * config.depth:
-        raise CheckpointError(f"{path} does not fit its network, which has at least {least:,} values; the file has {held:,}")
-    # Whatever torch's default device and dtype are, and without a change to the caller's random numbers.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        model = DiT(config, initialize=False).float()
     check_weights(path, weights, model)
-    return model
+    model.load_state_dict(weights, assign=True)
+    return model.to(device).eval().requires_grad_(False), info
 
 
 def check_weights(path: str | Path, weights: dict, model: DiT) -> None:

@@ -143,7 +143,7 @@ class Run:
         self.step += 1
         self.loss_sum += self.ranks.mean(loss.detach())
         if self.bar.update(self.cfg.batch_size):  # true when it is refreshed, twice a second at most
-            self.bar.set_postfix(loss=f"{self._finite(self.loss_sum) / self._steps_of_epoch():.4f}", refresh=False)
+            self.bar.set_postfix(loss=f"{self.loss_sum.item() / self._steps_of_epoch():.4f}", refresh=False)
         stop = self.ranks.any(bool(self.signal))
         if self.step % self.cfg.checkpoint_every == 0 or self.step == self.total_steps or stop:
             self._finite(self.loss_sum + sum(p.detach().sum() for p in self.model.parameters()))
@@ -170,7 +170,7 @@ class Run:
             self.files.save_samples(self.samples)
 
     def _finite(self, loss: Tensor) -> float:
-        """The value of a loss, or of a sum that holds one; TrainingError if it is not a finite number."""
+        """The value of a loss, or of a sum that holds one; TrainingError, in every process, if it is not a finite number."""
         value = loss.item()
         if not math.isfinite(value):
             raise TrainingError(f"the loss or a weight is {value} at step {self.step}; {self.cfg.checkpoint} is as it was "

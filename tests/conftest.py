@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import train
 from config import ModelConfig
@@ -29,15 +30,18 @@ def small_config() -> ModelConfig:
                        num_classes=5)
 
 
-@pytest.fixture
-def open_network(small_config) -> DiT:
+def random_network(config: ModelConfig, std: float = 0.2) -> DiT:
     """A network in which every parameter is random, so that gates, shifts and the final layer all count."""
     torch.manual_seed(0)
-    model = DiT(small_config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
+    model = DiT(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=std)
     return model
+
+
+@pytest.fixture
+def open_network(small_config) -> DiT:
+    return random_network(small_config)
 
 
 @pytest.fixture
@@ -88,6 +92,7 @@ def train_tiny(call):
     """train_tiny(folder, *options): a run of one epoch, three steps, unless the options say otherwise."""
 
     def run(folder, *options):
+        folder.mkdir(exist_ok=True)
         return call(train.main, "--checkpoint", folder / "model.pth", *TINY, "--epochs", 1, *options)
 
     return run

@@ -18,11 +18,10 @@ from config import ModelConfig, TrainConfig
 
 INTS = st.one_of(st.integers(-3, 12), st.sampled_from([28, 60_000, 60_001, 2**31, 2**63 - 1, 2**63, 10**30]), st.integers())
 FLOATS = st.one_of(st.floats(), st.sampled_from([0.0, -0.0, 1.0, 1e-300, 1e300, math.nan, math.inf]))
-WORDS = st.sampled_from(["", " ", "x", "0x10", "1e3", "1_000", "nan", "-inf", "١", "--", "-1", "9" * 5000, "ddim", "XL/2"])
+WORDS = st.sampled_from(["", " ", "x", "0x10", "1e3", "1_000", "nan", "-inf", "١", "--", "-1", "9" * 5000, "ddim", "XL/2",
+                         "cuda:99", "cpu:1", "meta:0", "vulkan", "cpu,cuda", " cpu"])
 ANYTHING = st.one_of(INTS.map(str), FLOATS.map(str), WORDS)
-DEVICES = st.one_of(st.sampled_from(["", "cuda:99", "cpu:1", "meta:0", "tpu", "vulkan", "cpu,cuda", "CPU", " cpu", "None"]),
-                    st.text(min_size=1, max_size=8).filter(lambda text: "\0" not in text))
-SAMPLING = ["sampler", "steps", "eta", "guidance", "seed"]
+SAMPLING = ["sampler", "steps", "eta", "guidance", "seed", "device"]
 OPTIONS = {  # script: what it calls, and its options that take a value
     train: ("train", ["model", *(f.name.replace("_", "-") for config in (TrainConfig, ModelConfig) for f in fields(config)
                                  if "help" in f.metadata and f.name not in ("checkpoint", "data_dir"))]),
@@ -58,8 +57,9 @@ def test_values(script, data):
     called = started_with(script, "--device=cpu", *(f"--{name}={value}" for name, value in options))
     if called and script is train:
         cfg = called[0]
-        assert 1 <= cfg.batch_size <= 60_000 and 1 <= cfg.epochs and math.isfinite(cfg.lr) and cfg.lr > 0
-        assert cfg.model.image_size % cfg.model.patch_size == 0 and cfg.model.hidden_size % cfg.model.num_heads == 0
+        assert 1 <= cfg.batch_size <= (cfg.limit or 60_000) and 1 <= cfg.epochs and math.isfinite(cfg.lr) and cfg.lr > 0
+        assert cfg.model.image_size >= 28 and cfg.model.image_size % cfg.model.patch_size == 0
+        assert cfg.model.hidden_size % cfg.model.num_heads == 0
         assert 0 <= cfg.model.class_dropout_prob <= 1 and 0 <= cfg.ema_decay < 1
     elif called:
         args = called[-1]
@@ -70,20 +70,13 @@ def test_values(script, data):
             assert all(0 <= digit < 10 for digit in args.digits) and args.per_digit >= 1 and args.columns >= 1
 
 
-@SCRIPTS
-@settings(max_examples=50, deadline=None)
-@given(device=DEVICES)
-def test_devices(script, device):
-    started_with(script, f"--device={device}")
-
-
 PLACES = ["", ".", "..", "/", "nowhere/file", "folder", "folder/", "file/below", "n" * 300, "a" * 250 + ".png", "loss.csv",
           "loss.png", "model.pth.", "-", "--", "~", "a b.pth", "ü.pth", ".pth", "file.png/", "nowhere/../file.gif", "a.txt"]
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("script", "option"), [(train, "checkpoint"), (inference, "output"), (inference, "gif"),
-                                                (evaluate, "json"), (inference, "checkpoint"), (evaluate, "data-dir")])
+                                                (evaluate, "json"), (inference, "checkpoint")])
 def test_places(tmp_path, monkeypatch, script, option, place):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import random_network
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import BLOCKS, FAMILY, PAPER, ModelConfig
@@ -170,11 +171,7 @@ def test_position_table_against_a_loop():
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_patch_of_an_image_depends_on_its_own_label_time_and_pixels_alone(block, small_config):
-    torch.manual_seed(0)
-    model = DiT(replace(small_config, block=block)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
+    model = random_network(replace(small_config, block=block))
     x_t, t, y = inputs(model.config)
     corner = x_t.clone()
     corner[1, :, :3, :3] += 1

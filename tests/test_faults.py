@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
 import pytest
 import torch
 from conftest import ROOT, TINY, content
@@ -17,7 +16,7 @@ from test_train import FILES, run_state
 
 import train
 from runtime.checkpoint import checksum, load_checkpoint, load_model
-from runtime.run import STATE, RunFiles
+from runtime.run import STATE
 
 MANY_SAVES = ("--epochs", 30, "--lr", 0.01, "--checkpoint-every", 1)
 TRAIN = " ".join(map(str, (sys.executable, ROOT / "train.py", *TINY, "--epochs 1")))
@@ -56,37 +55,24 @@ def wait_for_writes(process, file, count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_kill_9_at_random_moments(tmp_path, capsys, start, seed):
+def test_kill_9_at_random_moments(tmp_path, train_tiny, start, seed):
     """Every kill leaves files that load, and the last run ends bit for bit as one that was never killed."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     killed.mkdir()
-    for _ in range(2):  # twice, since the first also starts the server that the others are forked from
-        shutil.rmtree(whole, ignore_errors=True)
-        whole.mkdir()
-        began = time.monotonic()
-        process = start(whole)
-        wait_for_writes(process, whole / "model.resume.pth", 1)
-        to_first_step = time.monotonic() - began
-        process.join(120)
-        assert process.exitcode == 0
-        seconds = time.monotonic() - began
-
-    rng, kills, steps, halves = random.Random(seed), 0, set(), 0
+    assert train_tiny(whole, *MANY_SAVES)[0] == 0
+    rng, kills, steps = random.Random(seed), 0, set()
     for _ in range(500):
         process = start(killed, *["--resume"] * (killed / "model.resume.pth").exists())
         if rng.random() < 0.2:
-            process.join(rng.uniform(0, 1) * to_first_step)
+            process.join(rng.uniform(0, 2))
         else:  # by progress and not by the clock, so that a busy machine changes nothing
             wait_for_writes(process, killed / "model.resume.pth", rng.randint(1, 4))
-            process.join(rng.uniform(0, 2) * (seconds - to_first_step) / 90)
+            process.join(rng.uniform(0, 0.02))
         if process.exitcode is not None:
             break
         process.kill()
         process.join()
         kills += 1
-        for leftover in killed.glob(".*.tmp*"):
-            halves += 1
-            leftover.unlink()
         if (killed / "model.resume.pth").exists():
             steps.add(load_checkpoint(killed / "model.resume.pth", STATE)["step"])
         if (killed / "model.pth").exists():
@@ -95,30 +81,7 @@ def test_kill_9_at_random_moments(tmp_path, capsys, start, seed):
     assert run_state(killed) == run_state(whole)
     assert checksum(load_model(killed / "model.pth")[0].state_dict()) == checksum(
         load_model(whole / "model.pth")[0].state_dict())
-    with capsys.disabled():
-        print(f" [{kills} kills, at {len(steps)} different steps, {halves} in the middle of writing a file] ", end="")
     assert kills >= 5 and len(steps) >= 5
-
-
-def test_a_kill_between_the_last_state_and_its_weights(tmp_path, train_tiny, monkeypatch):
-    """model.pth is then a step older; --resume has no step left to do, and writes it all the same."""
-    class Killed(BaseException):
-        pass
-
-    def killed(self, ema, step):
-        if step == 3:
-            raise Killed
-        whole(self, ema, step)
-
-    whole = RunFiles.save_weights
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(RunFiles, "save_weights", killed)
-        train_tiny(tmp_path, "--checkpoint-every", 1)
-    assert load_model(tmp_path / "model.pth")[1]["step"] == 2
-    assert train_tiny(tmp_path, "--checkpoint-every", 1, "--resume")[0] == 0
-    model, info = load_model(tmp_path / "model.pth")
-    assert info["step"] == 3
-    assert checksum(model.state_dict()) == checksum(load_checkpoint(tmp_path / "model.resume.pth", STATE)["ema"])
 
 
 def test_ctrl_c_while_torch_is_imported(tmp_path):
@@ -216,6 +179,8 @@ def test_a_run_whose_disk_fails_at_any_write_can_continue(tmp_path, train_tiny, 
         assert status == 1 and "could not be written (Input/output error)" in err.splitlines()[-1]
         assert train_tiny(tmp_path, *TWO_EPOCHS, *["--resume"] * (tmp_path / "model.resume.pth").exists())[0] == 0
     assert run_state(tmp_path) == run_state(two_epochs)
+    weights = [load_model(folder / "model.pth")[0].state_dict() for folder in (tmp_path, two_epochs)]
+    assert checksum(weights[0]) == checksum(weights[1])
 
 
 # Streams, names and settings
@@ -251,20 +216,6 @@ def test_a_name_that_a_terminal_cannot_show(tmp_path, name, environment):
     assert done.returncode == 0, done
     assert (tmp_path / name.replace(".", ".old-1.")).read_bytes() == (tmp_path / "first").read_bytes()
     assert load_model(tmp_path / name)[1]["recipe"]["seed"] == 1
-
-
-@pytest.mark.parametrize("settings", [
-    pytest.param("image.origin: lower\ntext.usetex: True", marks=pytest.mark.slow), "image.origin: lower", "font.size: 30",
-    "savefig.bbox: tight\nsavefig.pad_inches: 3", "axes.facecolor: red\nimage.cmap: jet\nfigure.dpi: 50\nsavefig.dpi: 40"])
-def test_pictures_do_not_depend_on_the_users_matplotlib(tmp_path, train_tiny, tiny_checkpoint, settings):
-    (tmp_path / "rc").write_text(settings)
-    if "usetex" in settings:  # once as the user gives them
-        assert bash("TRAIN", tmp_path, MATPLOTLIBRC=str(tmp_path / "rc")).returncode == 0
-    else:
-        with matplotlib.rc_context(fname=tmp_path / "rc"):
-            assert train_tiny(tmp_path)[0] == 0
-    for name in ("loss.png", "samples.png"):
-        assert (tmp_path / name).read_bytes() == (tiny_checkpoint.parent / name).read_bytes()
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("no LaTeX"), MemoryError()])

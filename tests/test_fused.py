@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_network
 from torch import nn
 
 from config import FAMILY, ModelConfig
@@ -25,13 +26,8 @@ SHAPES = FAMILY | {
 }
 
 
-def random_network(config: ModelConfig | None = None, **sizes) -> DiT:
-    torch.manual_seed(0)
-    model = DiT(config or ModelConfig(**sizes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.1)
-    return model
+def network_of(**sizes) -> DiT:
+    return random_network(ModelConfig(**sizes), std=0.1)
 
 
 def batch(model: DiT, N: int = 5) -> tuple[torch.Tensor, ...]:
@@ -58,7 +54,7 @@ def assert_same(found: dict, expected: dict, tolerance: float = 1e-5):
 @pytest.mark.parametrize("block", ["adaLN", "adaLN-Zero"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_output_and_gradients_are_those_of_the_blocks(shape, block):
-    model = random_network(replace(SHAPES[shape], block=block))
+    model = random_network(replace(SHAPES[shape], block=block), std=0.1)
     before = torch.get_rng_state()
     network = fused(model)
     assert torch.equal(torch.get_rng_state(), before) and is_fused(network) and not is_fused(model)
@@ -68,7 +64,7 @@ def test_output_and_gradients_are_those_of_the_blocks(shape, block):
 
 @pytest.mark.parametrize("N", [0, 1, 2, 7])
 def test_every_number_of_images_and_threads_gives_the_same(N):
-    model = random_network()
+    model = network_of()
     network, inputs = fused(model), batch(model, N)
     expected = output_and_gradients(model, model, *inputs)
     try:
@@ -81,7 +77,7 @@ def test_every_number_of_images_and_threads_gives_the_same(N):
 
 def test_values_beyond_the_range_of_exp():
     """Scores and hidden values of many thousands, of both signs."""
-    model = random_network(depth=1)
+    model = network_of(depth=1)
     with torch.no_grad():
         for layer in (model.blocks[0].attn.qkv, model.blocks[0].mlp.fc1):
             layer.weight.mul_(1000)
@@ -93,7 +89,7 @@ def test_values_beyond_the_range_of_exp():
 
 @pytest.mark.parametrize("place", ["attn.qkv.weight", "mlp.fc1.bias", "adaLN_modulation.1.bias"])
 def test_a_nan_is_not_lost(place):
-    model = random_network()
+    model = network_of()
     with torch.no_grad():
         model.get_parameter(f"blocks.1.{place}").view(-1)[3] = torch.nan
     found = output_and_gradients(fused(model), model, *batch(model))
@@ -102,7 +98,7 @@ def test_a_nan_is_not_lost(place):
 
 @pytest.mark.parametrize("block", ["adaLN", "adaLN-Zero"])
 def test_it_follows_the_parameters_except_when_frozen(block):
-    model = random_network(block=block)
+    model = network_of(block=block)
     network, frozen, inputs = fused(model), fused(model, frozen=True), batch(model)
     with torch.no_grad():
         before = network(*inputs)
@@ -114,7 +110,7 @@ def test_it_follows_the_parameters_except_when_frozen(block):
 
 
 def test_views_and_a_second_backward_pass():
-    model = random_network()
+    model = network_of()
     x, gradient = torch.randn(2, 6, 64, 49).transpose(2, 3)  # (N, L, D); neither is contiguous
     c, weight, outs = torch.randn(6, 64), model.blocks[0].attn.qkv.weight, []
     for network in (fused(model), model):
@@ -127,7 +123,7 @@ def test_views_and_a_second_backward_pass():
 
 
 def test_what_would_be_read_past_its_end_is_refused():
-    model = random_network()
+    model = network_of()
     network, (x_t, t, y) = fused(model), batch(model)
     with pytest.raises(ValueError, match="5 images cannot be conditioned on 1 "):
         network(x_t, t[:1], y[:1])
@@ -204,7 +200,7 @@ def test_every_vector_unit(capability, folders, monkeypatch):
     if capability != "DEFAULT" and here != capability and (here, capability) != ("AVX512", "AVX2"):
         pytest.skip(f"this processor has {here} alone")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    model = random_network(depth=1)
+    model = network_of(depth=1)
     inputs = batch(model)
     assert is_fused(fused(model)) == (capability != "DEFAULT")
     assert_same({"": fused(model)(*inputs)}, {"": model(*inputs)})
@@ -234,13 +230,6 @@ def test_an_unfit_library_is_built_again_before_it_is_loaded(folders):
         path.write_bytes(damaged)
         block_library.cache_clear()
         assert works(block_library(*SIZES)) and path.read_bytes() != damaged
-
-
-def test_a_relative_user_cache_is_not_used(monkeypatch):
-    """A relative XDG_CACHE_HOME is invalid (XDG Base Directory Specification); so is "~" without a home."""
-    for value, count in (("caches", 1), ("/caches", 2)):
-        monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert len(fused_module.library_folders()) == count
 
 
 @pytest.mark.parametrize("compiler", ["/there/is/none", "false", "true", "c++ 'x", "c++ -c"])
