@@ -232,9 +232,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Di
     weights = info.pop("ema")
     try:
         config = ModelConfig(**info["model_config"])
-        if len(weights) < 8 * config.depth:  # a few bytes can ask for a network of many blocks, which take time
+        # A few bytes can ask for a huge network: building many blocks takes time, and large ones memory, except on "meta".
+        if len(weights) < 8 * config.depth:
             raise ValueError(f"{len(weights)} tensors are too few for {config.depth} blocks")
-        with torch.device("meta"):  # or of large ones: here they take no memory
+        with torch.device("meta"):
             model = DiT(config, initialize=False).float()
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} describes a network that this code does not build: {printable(error)}") from error

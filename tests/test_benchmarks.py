@@ -1,4 +1,4 @@
-"""The benchmarks run, and count the arithmetic that there is."""
+"""The benchmarks run, and compare with the roofline."""
 
 import pytest
 from PIL import Image

@@ -169,7 +169,7 @@ class FusedBlocks(nn.Module):
         self.library.transposed(*arguments(len(packed), packed, transposed), torch.get_num_threads())
         return packed, transposed
 
-    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cpu", enabled=False)  # the C++ takes float32
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         x, c = x.float(), c.float()
         (N, D), depth = c.shape, len(self.blocks)
