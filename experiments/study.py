@@ -83,9 +83,10 @@ def everything() -> Entries:
         return [Setting(sampling_steps=steps) for steps in SAMPLING_STEPS
                 if steps * cost(FAMILY[model])["multiply_adds"] <= MOST_PER_IMAGE]
 
-    return [*((network, curve[:3]) for network in rates),  # is one learning rate good for all?
-            *((Network(block=block, seed=seed), curve) for seed in range(3) for block in BLOCKS),  # Figure 5
-            *((Network(model), curve) for model in small),  # Figures 6 to 9
+    return [*((network, curve[2:3]) for network in rates),  # is one learning rate good for all?
+            *((Network(block=block), curve) for block in BLOCKS),  # Figure 5
+            *((Network(model), curve) for model in (*small, "S/2", "B/2")),  # Figures 6 to 9
+            *((Network(block=block, seed=seed), curve) for seed in (1, 2) for block in BLOCKS),
             *((Network(block=block, recipe="adamw"), curve) for block in ("adaLN-Zero", "in-context")),
             *((Network(model), sampling(model)) for model in small),  # Figure 10
             *((Network(model), guidance) for model in GUIDED),
