@@ -7,8 +7,6 @@ import math
 from argparse import BooleanOptionalAction
 from dataclasses import dataclass, field, fields
 
-import torch
-
 T = 1000  # diffusion steps, DDPM section 4
 MNIST_IMAGES, MNIST_TEST_IMAGES = 60_000, 10_000
 STEPS = {"ddpm": T, "ddim": 50}  # sampling steps, by default
@@ -98,22 +96,6 @@ class TrainConfig:
         _require(self.model.image_size >= 28 and self.model.image_size % 2 == 0,
                  f"image_size must be even and at least 28, not {self.model.image_size}: all four borders are equal")
         _require((self.model.in_channels, self.model.num_classes) == (1, 10), "train.py trains on 1 channel and 10 classes")
-
-
-def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """The device of that name; "auto" is a GPU when there is one, else Apple's, else the CPU. ValueError if absent.
-
-    local_rank: which of the machine's GPUs, when several processes share the work.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{local_rank}"
-    try:
-        torch.zeros(1, device=name).item()
-        return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _require(condition: bool, sentence: str) -> None:

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import GUIDANCE, STEPS, T, pick_device
+from config import GUIDANCE, STEPS, T
 from diffusion import GaussianDiffusion, guided
 from dit import DiT
 from runtime.checkpoint import CheckpointError, beside_the_scripts, load_model
 from runtime.fused import fused
 from runtime.pictures import denser_at_the_end, fits, save_animation, save_picture, show
-from runtime.script import check_files, exit_status, positive_int, run_script
+from runtime.script import check_files, exit_status, pick_device, positive_int, run_script
 from runtime.speed import keep_freed_memory
 
 

@@ -23,14 +23,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from config import FAMILY, GUIDANCE, PAPER, ModelConfig, T, TrainConfig, pick_device
+from config import FAMILY, GUIDANCE, PAPER, ModelConfig, T, TrainConfig
 from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion, guided
 from dit import DiT
 from runtime.checkpoint import beside_the_scripts
 from runtime.distributed import Ranks, joined_ranks
 from runtime.run import Run, RunFiles
-from runtime.script import TrainingError, exit_status, run_script
+from runtime.script import TrainingError, exit_status, pick_device, run_script
 from runtime.speed import compiled, keep_freed_memory
 
 HELD_OUT_BATCH = 250  # test images at a time

@@ -9,10 +9,11 @@ import argparse
 import torch
 
 from benchmarks.measure import about, arithmetic, medians
-from config import ModelConfig, T, pick_device
+from config import ModelConfig, T
 from diffusion import GaussianDiffusion, guided
 from dit import DiT
 from inference import generate
+from runtime.script import pick_device
 from runtime.speed import keep_freed_memory
 
 STEPS = 100  # per measurement

@@ -14,11 +14,12 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.measure import about, arithmetic, medians
-from config import FAMILY, ModelConfig, T, TrainConfig, pick_device
+from config import FAMILY, ModelConfig, T, TrainConfig
 from dataset import Digits
 from diffusion import GaussianDiffusion
 from dit import DiT
 from runtime.pictures import DPI, save_picture
+from runtime.script import pick_device
 from runtime.speed import compiled, keep_freed_memory
 from train import make_optimizers, update_ema
 

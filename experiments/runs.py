@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 import train
-from config import TrainConfig, pick_device
+from config import TrainConfig
 from dataset import load_mnist
 from dit import DiT
 from evaluate import Classifier, accuracy, distribution_figures, sample_images, trained_classifier
@@ -34,7 +34,7 @@ from inference import generate
 from runtime.checkpoint import CheckpointError, write_atomically
 from runtime.pictures import as_bytes
 from runtime.run import RunFiles
-from runtime.script import TrainingError, exit_status, run_script
+from runtime.script import TrainingError, exit_status, pick_device, run_script
 from runtime.speed import keep_freed_memory
 
 RUNS = Path(__file__).with_name("runs")  # the state of the runs; not in git

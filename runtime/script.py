@@ -1,4 +1,4 @@
-"""What the scripts share: how they start and end, what they may print, and which files they may write."""
+"""What the scripts share: how they start and end, their device, what they may print, which files they may write."""
 
 import argparse
 import os
@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
+
+import torch
 
 from dataset import DataError
 from runtime.checkpoint import CheckpointError, check_writable
@@ -86,6 +88,22 @@ def exit_status(parser: argparse.ArgumentParser, work: Callable[[], None]) -> in
 def _error(parser: argparse.ArgumentParser, sentence: str) -> int:
     print(f"{parser.prog}: error: {sentence}", file=sys.stderr)
     return 1
+
+
+def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """The device of that name; "auto" is a GPU when there is one, else Apple's, else the CPU. ValueError if absent.
+
+    local_rank: which of the machine's GPUs, when several processes share the work.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    try:
+        torch.zeros(1, device=name).item()
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def check_files(outputs: Iterable[Path | None], inputs: Iterable[Path | None] = ()) -> None:
