@@ -74,18 +74,21 @@ def everything() -> Entries:
     """All of it. A network may come several times: first its curve, later what is measured at its end."""
     curve = [*(Setting(epoch) for epoch in EPOCHS), Setting(n=FINAL_IMAGES)]
     guidance = [Setting(guidance=strength) for strength in STRENGTHS]
-    small = [f"{size}/{patch}" for patch in (7, 4) for size in SIZES]
-    large = [f"{size}/2" for size in SIZES]
-    rates = [Network(model, block, f"muon-{rate}") for model, block in (("XL/4", "adaLN-Zero"), ("B/4", "in-context"))
-             for rate in ("0.002", "0.008")]
+    small = ("S/7", "B/7", "S/4", "L/7", "XL/7", "B/4", "L/4", "XL/4")  # from fast to slow
+    large = ("S/2", "B/2", "L/2", "XL/2")
+
+    def rates(model: str, block: str) -> list[Network]:
+        return [Network(model, block, f"muon-{rate}") for rate in ("0.002", "0.008")]
 
     def sampling(model: str) -> list[Setting]:
         return [Setting(sampling_steps=steps) for steps in SAMPLING_STEPS
                 if steps * cost(FAMILY[model])["multiply_adds"] <= MOST_PER_IMAGE]
 
-    return [*((network, curve[2:3]) for network in rates),  # is one learning rate good for all?
+    return [*((network, curve[2:3]) for network in rates("B/4", "in-context")),  # is one learning rate good for all?
             *((Network(block=block), curve) for block in BLOCKS),  # Figure 5
-            *((Network(model), curve) for model in (*small, "S/2", "B/2")),  # Figures 6 to 9
+            *((Network(model), curve) for model in small),  # Figures 6 to 9
+            *((network, curve[2:3]) for network in rates("XL/4", "adaLN-Zero")),
+            *((Network(model), curve) for model in ("S/2", "B/2")),
             *((Network(block=block, seed=seed), curve) for seed in (1, 2) for block in BLOCKS),
             *((Network(block=block, recipe="adamw"), curve) for block in ("adaLN-Zero", "in-context")),
             *((Network(model), sampling(model)) for model in small),  # Figure 10
