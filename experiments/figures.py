@@ -44,6 +44,10 @@ def found(rows: Rows) -> Rows:
     return rows
 
 
+def varied(rows: Rows, column: str) -> Rows:
+    return found(rows if len({row[column] for row in rows}) > 1 else [])
+
+
 def over_seeds(rows: Rows, x: Callable[[dict], float], y: str = "FID") -> list[tuple[float, float, float, float]]:
     """(x, mean, least and greatest y) at each x, over the rows that share it."""
     groups = {}
@@ -121,7 +125,8 @@ def figure6(rows: Rows) -> Figure:
             finish(axes, title=f"patch {panel}" if panels is PATCHES else f"size {panel}",
                    xlabel="training steps (thousands)")
             axes.label_outer()
-            axes.legend(fontsize=7)
+            if axes.lines:
+                axes.legend(fontsize=7)
     return figure
 
 
@@ -194,7 +199,7 @@ def figure9(rows: Rows) -> Figure:
 
 def figure10(rows: Rows) -> Figure:
     """FID against sampling compute."""
-    mine = found(select(rows, sampling_steps=None, seed=0))
+    mine = varied(select(rows, sampling_steps=None, seed=0), "sampling_steps")
     figure = against_compute(mine, sampling_compute, "multiply-adds per sampled image")
     real_line(figure.axes[0], rows, CURVE_IMAGES)
     return legend_outside(figure)
@@ -202,7 +207,7 @@ def figure10(rows: Rows) -> Figure:
 
 def guidance(rows: Rows) -> Figure:
     """FID, precision and recall against the strength of guidance."""
-    mine = found([row for row in select(rows, guidance=None, seed=0) if row["model"] in GUIDED])
+    mine = varied([row for row in select(rows, guidance=None, seed=0) if row["model"] in GUIDED], "guidance")
     figure = Figure(figsize=(9, 3), dpi=DPI, layout="constrained")
     for axes, name in zip(figure.subplots(1, 3), ("FID", "precision", "recall"), strict=True):
         for model in GUIDED:
