@@ -77,7 +77,7 @@ class TrainConfig:
     seed: int = option(0, "random seed of the initial weights, the order of the images, t, noise and dropped labels")
     limit: int = option(0, "use the first LIMIT images of each split only; 0 for all")
     data_dir: str = option("mnist", "directory that holds MNIST/raw/ with the four archives")
-    checkpoint: str = option("model.pth", "file for the weights; loss.csv and loss.png go next to it")
+    checkpoint: str = option("model.pth", "file for the weights; model.resume.pth, loss.csv and the pictures go next to it")
     checkpoint_every: int = option(1000, "steps between two checkpoints")
     device: str = option("auto", "cpu, cuda, mps, ...; auto is a GPU when there is one")
     compile: bool = option(True, "make the step faster: blocks in C++ on a CPU, else torch.compile (half a minute)",

@@ -119,8 +119,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--sampler", choices=tuple(STEPS), default="ddpm", help=f"ancestral sampling, or DDIM {default}")
     add("--steps", type=int, help=f"at most {T} (default: {', '.join(f'{n} for {name}' for name, n in STEPS.items())})")
     add("--eta", type=float, default=0.0, help=f"noise of ddim: 0 is none, 1 as much as ddpm {default}")
-    add("--guidance", type=float, metavar="S", default=GUIDANCE,
-        help=f"S of eps(null) + S (eps(digit) - eps(null)); 1 is none {default}")
+    add("--guidance", type=float, default=GUIDANCE, metavar="S", help=f"strength of the guidance; 1 is none {default}")
     add("--seed", type=int, default=0, help=f"random seed of the noise {default}")
     add("--checkpoint", type=Path, default=Path("model.pth"), help=f"the weights {default}")
     add("--device", default="auto", help=f"cpu, cuda, mps, ...; auto is a GPU if there is one {default}")
@@ -138,7 +137,8 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, out
             parser.error(f"argument --{name}: must lie in [{least}, {most}], not {getattr(args, name)}")
     if args.eta and args.sampler != "ddim":
         parser.error("argument --eta: goes with --sampler ddim")
-    args.described = f"{args.sampler}, {args.steps} steps, eta {args.eta:g}, guidance {args.guidance:g}, seed {args.seed}"
+    sampler = args.sampler if args.sampler == "ddpm" else f"{args.sampler}, eta {args.eta:g}"
+    args.described = f"{sampler}, {args.steps} steps, guidance {args.guidance:g}, seed {args.seed}"
     args.checkpoint = beside_the_scripts(args.checkpoint)
     try:
         check_files(outputs, [args.checkpoint])

@@ -107,7 +107,8 @@ def figure5(rows: Rows) -> Figure:
     for block in BLOCKS:
         curve(axes, [row for row in mine if row["block"] == block], steps, color=COLORS[block], marker="o", label=block)
     real_line(axes, rows, CURVE_IMAGES)
-    finish(axes, xlabel="training steps (thousands)")
+    seeds = len({row["seed"] for row in mine})
+    finish(axes, title=f"B/4, seeds: {seeds}, images per point: {CURVE_IMAGES:,}", xlabel="training steps (thousands)")
     axes.legend()
     return figure
 
