@@ -45,6 +45,7 @@ def found(rows: Rows) -> Rows:
 
 
 def varied(rows: Rows, column: str) -> Rows:
+    """The rows, if they differ in this column: a picture against it needs two points."""
     return found(rows if len({row[column] for row in rows}) > 1 else [])
 
 
