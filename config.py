@@ -1,6 +1,6 @@
 """The settings of a network and of a training run.
 
-A field with a help text in its metadata is an option of `train.py`, so that each default stands in one place.
+A field with a help text in its metadata is an option of `train.py`, so each default is defined once.
 """
 
 import math
@@ -35,7 +35,7 @@ class ModelConfig:
     num_classes: int = 10
     class_dropout_prob: float = option(0.1, "share of training labels replaced by the null class, for guidance")
     learn_sigma: bool = option(False, "predict the variance of a step too, as the paper does", action=BooleanOptionalAction)
-    # The paper's code has 0.02, at widths from 384 up. At width 64 the network then learns more slowly at first.
+    # The paper's code uses 0.02 at widths from 384. At width 64 that slows learning at first.
     label_init_std: float = option(1.0, "standard deviation of the initial label embeddings; the paper's code has 0.02")
     time_init_std: float = option(0.1, "standard deviation of the initial time MLP's weights; the paper's code has 0.02")
 
@@ -65,12 +65,12 @@ class TrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     epochs: int = option(500, "passes over the training images")
-    batch_size: int = option(300, "images per step; the rest of an epoch that fills no batch is left out")
-    loss: str = option("l1", "distance between the noise and its prediction; the papers have mse", choices=("l1", "mse"))
+    batch_size: int = option(300, "images per step; an incomplete last batch of an epoch is dropped")
+    loss: str = option("l1", "distance between the noise and its prediction; mse in the papers", choices=("l1", "mse"))
     min_snr: float = option(0.3, "weight of a timestep in the loss: min(SNR, MIN_SNR) / SNR; 0 for equal weights")
     optimizer: str = option("muon", "Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all",
                             choices=("muon", "adamw"))
-    lr: float = option(0.005, "highest learning rate")
+    lr: float = option(0.005, "peak learning rate")
     lr_schedule: str = option("cosine", "cosine decay to 0, or constant",
                               choices=("cosine", "constant"))
     ema_decay: float = option(0.9999, "decay of the EMA of the weights, which is used for sampling; lower at first")

@@ -33,7 +33,7 @@ class Digits:
         return self.images[index].float() / 127.5 - 1, self.labels[index]
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """The indices of one epoch in a new random order, (batch_size,) at a time; a smaller rest is left out."""
+        """The indices of one epoch in a new random order, (batch_size,) at a time; an incomplete last batch is dropped."""
         order = torch.randperm(len(self), generator=generator).to(self.labels.device)
         for start in range(0, len(self) - batch_size + 1, batch_size):
             yield order[start:start + batch_size]
@@ -43,7 +43,7 @@ def load_mnist(train: bool, data_dir: str | Path = "mnist", device: str | torch.
                image_size: int = 28) -> Digits:
     """The 60,000 training or 10,000 test images, or the first `limit` of them, padded with black to image_size.
 
-    They are read from the canonical archives in data_dir/MNIST/raw/; nothing is written. DataError if one is unfit.
+    They are read from the canonical archives in data_dir/MNIST/raw/; nothing is written. DataError if one is damaged.
     """
     raw = Path(data_dir) / "MNIST" / "raw"
     images, labels = (_read(raw / name, md5) for name, md5 in (MNIST.resources[:2] if train else MNIST.resources[2:]))
@@ -58,7 +58,7 @@ def _read(archive: Path, md5: str) -> Tensor:
         if archive.exists() and not archive.is_file():
             raise DataError(f"{archive} is not a file; {_remedy(archive)}")
         with archive.open("rb") as file:
-            packed = file.read(2**24)  # the largest archive has 10 MB
+            packed = file.read(2**24)  # the largest archive is 10 MB
     except FileNotFoundError:
         unpacked = archive.with_suffix("")
         instead = f" ({unpacked.name} is there, but only the .gz archives are read)" if unpacked.exists() else ""

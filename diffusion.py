@@ -1,7 +1,8 @@
 """The diffusion: forward process, loss, posterior, samplers, guidance, and the terms of the NLL bound.
 
 DDPM is Ho et al. 2020; DDIM, Song et al. 2020; iDDPM, Nichol & Dhariwal 2021. Time is counted from 0 in the code:
-t = 0, ..., T-1 here is t = 1, ..., T in the papers. Every formula takes one t per image, (N,).
+t = 0, ..., T-1 here is t = 1, ..., T in the papers. Every formula takes one t per image, (N,). x_0 is the clean image, as in
+the papers; x_t with t = 0 is their x_1.
 
 A model is any callable out = model(x_t, t, y) with x_t: (N, C, H, W), t: (N,) ints in [0, T), y: (N,) class labels. `out` is
 eps_hat, (N, C, H, W); a network that also predicts the variance returns eps_hat and v, (N, 2C, H, W).
@@ -120,12 +121,12 @@ class GaussianDiffusion:
 
         x_0: (N, C, H, W) in [-1, 1]; y, t: (N,); eps: (N, C, H, W). A scalar.
         min_snr: gamma of the min-SNR weights min(SNR_t, gamma) / SNR_t (Hang et al. 2023); 0 turns them off. They keep
-        small t, which teaches fine grain, from outweighing larger t, which teaches shape.
+        small t, which teaches fine detail, from outweighing larger t, which teaches shape.
         """
         distance = {"l1": F.l1_loss, "mse": F.mse_loss}[kind]
         x_t = self.q_sample(x_0, t, eps)
         eps_hat, v = split(model(x_t, self.timesteps.to(t.device)[t], y), x_t)
-        error = distance(eps_hat, eps, reduction="none")  # of DDPM eq. 14
+        error = distance(eps_hat, eps, reduction="none")  # squared: DDPM eq. 14
         if min_snr:
             snr = self.alpha_bar / (1 - self.alpha_bar)
             error = _at(snr.clamp(max=min_snr) / snr, t, x_0) * error
@@ -164,7 +165,7 @@ class GaussianDiffusion:
         x_0_hat = self.predict_x_0(x_t, t, eps_hat, clip)
         if clip:
             eps_hat = self.predict_eps(x_t, t, x_0_hat)  # keeps eps_hat consistent with the clipped x_0_hat
-        variance = eta**2 * self.beta_tilde  # sigma^2 of DDIM eq. 16
+        variance = eta**2 * self.beta_tilde  # DDIM eq. 16, squared; beta is that between the chain's times
         direction = (1 - self.alpha_bar_prev - variance).sqrt()  # 0 at t = 0, as is the variance: the last step is x_0_hat
         return (_at(self.alpha_bar_prev.sqrt(), t, x_t) * x_0_hat
                 + _at(direction, t, x_t) * eps_hat + _at(variance.sqrt(), t, x_t) * z)
@@ -253,9 +254,9 @@ def discretized_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor) 
     difference, half = x_0 - mean, 1 / 255
     # By symmetry, computed in the lower tail, where a small probability is a difference of small numbers.
     inside = below(half - difference.abs()) - below(-half - difference.abs())
-    probability = torch.where(x_0 < -0.999, below(difference + half),
+    probability = torch.where(x_0 < -0.999, below(difference + half),  # -1 and 1; the next levels are 2/255 away
                               torch.where(x_0 > 0.999, below(half - difference), inside))
-    return probability.clamp(min=1e-12).log()
+    return probability.clamp(min=1e-12).log()  # as in the papers' code: finite, however unlikely the level
 
 
 def _shifted(alpha_bar: Tensor) -> Tensor:

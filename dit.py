@@ -51,7 +51,7 @@ def position_table(hidden_size: int, side: int) -> Tensor:
 class PatchEmbed(nn.Module):
     """One linear map for all patches. (N, C, H, W) -> (N, L, D).
 
-    `proj` is kept as the strided convolution that it is in released checkpoints, and applied as the product it equals.
+    `proj` is stored as the strided convolution of released checkpoints, and applied as the matrix product that it equals.
     """
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
@@ -142,13 +142,14 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: the convolution as the Linear it is
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: initialised like a Linear
         nn.init.zeros_(self.x_embedder.proj.bias)
         self.pos_embed.copy_(position_table(self.config.hidden_size, self.config.image_size // self.config.patch_size))
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=self.config.label_init_std)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=self.config.time_init_std)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=self.config.time_init_std)
-        # Zero gates make each adaLN-Zero block the identity; the zero final layer makes the first prediction exactly 0.
+        # Zero gates make each adaLN-Zero block the identity; the zero final layer makes the first prediction exactly 0. The
+        # paper's code sets all of both modulations to zero, which also leaves the LayerNorms plain.
         for layer in self.modules():
             if isinstance(layer, DiTBlock | FinalLayer):
                 nn.init.zeros_(layer.adaLN_modulation[1].weight)

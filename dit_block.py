@@ -1,6 +1,6 @@
 """The four block designs of DiT section 3.2, which differ in how the timestep t and the label y reach the tokens.
 
-They stand in the paper's order: in-context, cross-attention, adaLN, adaLN-Zero. Figure 3, which leaves out plain adaLN,
+They are in the paper's order: in-context, cross-attention, adaLN, adaLN-Zero. Figure 3, which leaves out plain adaLN,
 calls shift, scale and gate beta, gamma and alpha; here beta and alpha belong to the schedule.
 Shapes: N images, L tokens per image, D the width of a token.
 """
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift. x: (N, L, D); shift, scale: (N, D), the same for every token of an image."""
+    """x * (1 + scale) + shift, so that zeros change nothing. x: (N, L, D); shift, scale: (N, D), one for all tokens."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 

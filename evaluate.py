@@ -56,7 +56,7 @@ class Classifier(nn.Module):
 
 
 def augmented(images: Tensor) -> Tensor:
-    """Each image turned by up to 12 degrees, resized by 12% and moved by 2 pixels at random. (N, 1, 28, 28) -> the same."""
+    """Images (N, 1, 28, 28), each turned, resized and moved at random, by at most 12 degrees, 12% and 2 pixels."""
     N = len(images)
     angle, scale = (torch.rand(N) - 0.5) * 0.42, 1 + (torch.rand(N) - 0.5) * 0.24
     shift = (torch.rand(N, 2, 1) - 0.5) * 4 / 14
@@ -69,7 +69,7 @@ def augmented(images: Tensor) -> Tensor:
 def trained_classifier(file: Path, train_set: Digits, epochs: int = EPOCHS) -> Classifier:
     """The classifier kept in `file`; if there is none, it is trained on real images and kept there. In eval mode.
 
-    Leaves the CPU's random state as it was. CheckpointError if the file is unfit, OSError if it cannot be written.
+    Leaves the CPU's random state as it was. CheckpointError if the file cannot be used, OSError if it cannot be written.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -109,7 +109,7 @@ def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
 def fid(real: Tensor, generated: Tensor) -> float:
     """Frechet distance of features (N, D) and (M, D): |m - m'|^2 + tr(C + C' - 2 (C C')^1/2) (Heusel et al. 2017).
 
-    m, C: mean and covariance. Not comparable with Inception FID, nor with another number of images: fewer give a higher FID.
+    m, C: mean and covariance. Not comparable with Inception FID, nor across numbers of images: fewer give a higher FID.
     """
     (m, C), (m_2, C_2) = ((x.mean(dim=0), x.T.cov()) for x in (real.cpu().double(), generated.cpu().double()))
     roots = torch.linalg.eigvals(C @ C_2).real.clamp(min=0).sqrt()  # the eigenvalues of (C C')^1/2
@@ -175,7 +175,7 @@ def nll_bound(model: DiT, digits: Digits, seed: int = 0) -> float:
     """Upper bound on -log p(x_0 | y) (DDPM eq. 5), a mean over `digits` in bits/dim: the prior's term and those of all t."""
     diffusion, network = GaussianDiffusion(T), fused(model, frozen=True)
     generator = torch.Generator(digits.images.device).manual_seed(seed)
-    kept = diffusion.alpha_bar[-1].item()  # of x_0 in x_T
+    kept = diffusion.alpha_bar[-1].item()  # the signal in x_T
     total = 0.0
     for start in tqdm(range(0, len(digits), BATCH_SIZE), desc="NLL bound", unit="batch"):
         x_0, y = digits[start:start + BATCH_SIZE]

@@ -37,7 +37,7 @@ def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm
     """Sample one image per label. labels: (N,) ints in [0, num_classes]; returns (N, C, H, W) in [-1, 1].
 
     sampler, steps: "ddpm" (1000 by default) or "ddim" (50); eta: noise of ddim, in [0, 1]; guidance: 1 is none;
-    on_step(t, x_t): see `GaussianDiffusion.ddpm_sample`. ValueError for what is out of range.
+    on_step(t, x_t): see `GaussianDiffusion.ddpm_sample`. ValueError if one is out of range.
     """
     if sampler not in STEPS:
         raise ValueError(f"sampler must be one of {', '.join(STEPS)}, not {sampler!r}")
@@ -127,7 +127,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, outputs: Sequence[Path | None],
                   **ranges: tuple[float, float]) -> None:
-    """Exit with a sentence if an option or a file cannot be used. Completes the arguments."""
+    """Exit with an error message if an option or a file cannot be used. Completes the arguments."""
     if [] in vars(args).values():
         parser.error("an option lacks its value")  # before Python 3.13, argparse reads --steps=-- as an empty list
     args.steps = STEPS[args.sampler] if args.steps is None else args.steps

@@ -56,7 +56,7 @@ def make_optimizers(model: DiT, cfg: TrainConfig) -> list[torch.optim.Optimizer]
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """ema <- d ema + (1 - d) model, parameter by parameter, after `step` steps. The ramp of d forgets the first weights."""
+    """ema <- d ema + (1 - d) model, for each parameter, after `step` steps. A small d at first forgets the first weights."""
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
@@ -155,7 +155,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, bool]:
-    """The recipe of the command line, and whether to resume. Exits with a sentence where it is wrong."""
+    """The recipe of the command line, and whether to resume. Exits with an error message if it is wrong."""
     named = (FAMILY | PAPER).get(getattr(parser.parse_args(argv), "model", None))
     if named:
         parser.set_defaults(**{f.name: getattr(named, f.name) for f in fields(ModelConfig) if "help" in f.metadata})

@@ -153,7 +153,7 @@ def load_checkpoint(path: str | Path, entries: dict[str, type]) -> dict:
 
 
 def _other_kind(file: BinaryIO) -> str:
-    """What people take for a checkpoint; "" for anything else."""
+    """The name of a known other format, with a remedy; "" for anything else."""
     start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, whose file `git lfs pull` fetches"

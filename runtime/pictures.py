@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 GAP, ZOOM = 2, 2  # pixels between two images; screen pixels per pixel
 DPI = 128  # a power of two: pixels / DPI * DPI is exact, so that no row or column of pixels is lost
-LARGEST_SIDE, LARGEST_AREA = 65_000, 2**27  # pixels: JPEG ends at 65,500, GIF and matplotlib soon after; the memory
+LARGEST_SIDE, LARGEST_AREA = 65_000, 2**27  # pixels: JPEG's limit is 65,500, GIF's a bit higher; memory
 
 
 def save_picture(path: Path, make: Callable[[], "Figure"]) -> None:

@@ -22,7 +22,7 @@ from runtime.distributed import Ranks
 from runtime.pictures import as_bytes, loss_curve, save_picture, show
 from runtime.script import Stopped, TrainingError, check_files, lock
 
-# Of a recipe, on --resume. The fields of the network, which is its "model", are compared one by one.
+# What may differ on --resume; "model" because the fields of the network are compared one by one.
 MAY_CHANGE = {"epochs", "checkpoint", "checkpoint_every", "data_dir", "device", "compile", "model"}
 STATE = {"recipe": dict, "weights": dict, "ema": dict, "optimizers": list, "step": int, "curve": list, "samples": list,
          "seconds": float, "loss_sum": Tensor, "order": Tensor, "noise": Tensor, "threads": int}
@@ -67,7 +67,7 @@ class Run:
         self.exit.close()
 
     def _note(self, number: int, frame) -> None:
-        """Noted, so that the current step is finished. A later Ctrl-C acts at once; torchrun and timeout send one twice."""
+        """Lets the current step finish. A second Ctrl-C acts at once, but not within 2 s: torchrun and timeout send two."""
         if not self.signal:
             self.signal, self.signal_time = number, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self.signal_time > 2:
@@ -75,7 +75,7 @@ class Run:
 
     def begin(self, resume: bool) -> None:
         """Start, or continue from the state of a run of the same recipe. CheckpointError or TrainingError if it cannot."""
-        # A state that torchrun finds when it restarts dead processes is this run's: its start has set any other aside.
+        # After torchrun has restarted dead processes, the state is this run's: any other was renamed at its start.
         if self.ranks.any(resume or (self.ranks.restarted and self.files.state.exists())):
             self._continue()
         elif self.ranks.leads:
@@ -244,7 +244,7 @@ class RunFiles:
             self.pictures_failed = True
 
     def keep_another_runs(self, curve: list[dict] | None = None) -> None:
-        """Keep what lies here under other names, unless it is of the run with this curve: loss.csv begins with it."""
+        """Keep another run's files under new names. They are this run's if loss.csv begins with this curve."""
         if curve is None:
             if self.state.exists():
                 kept = self.state.rename(_kept_name(self.state))

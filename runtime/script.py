@@ -34,7 +34,7 @@ class Stopped(Exception):
 
 
 class Stream:
-    """A text stream that drops what it cannot write: a closed pipe or a full disk behind it ends no work."""
+    """A text stream that drops what it cannot write: a closed pipe or a full disk stops no work."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -68,7 +68,7 @@ def run_script(main: Callable[[], int]) -> int:
 
 
 def exit_status(parser: argparse.ArgumentParser, work: Callable[[], None]) -> int:
-    """What `work` ends with: 0, or after a sentence 1, or 128 and a signal's number."""
+    """The exit status of `work`: 0, 1 after an error message, 128 + n after signal n."""
     try:
         work()
     except Stopped as stop:
@@ -124,7 +124,7 @@ def lock(path: Path) -> BinaryIO:
     TrainingError if another process has them.
     """
     # digits.pt and digits.resume.pth share files with digits.pth, and so they share the lock. Its file stays: if it were
-    # removed, two processes could each lock another file of this name.
+    # removed, two processes could lock two different files of this name.
     file = Path(os.path.realpath(path))
     held = open(file.with_name(f".{file.stem.removesuffix('.resume')}.lock"), "ab+", buffering=0)
     try:

@@ -37,7 +37,8 @@ def compiled(model: DiT, batch_size: int) -> nn.Module:
     config, device = model.config, model.pos_embed.device
     x_t = torch.zeros(batch_size, config.in_channels, config.image_size, config.image_size, device=device)
     t = y = torch.zeros(batch_size, dtype=torch.long, device=device)
-    tqdm.write("compiling the network; --no-compile leaves this out")
+    if model.training:  # not a second time for the EMA model
+        tqdm.write("compiling the network; --no-compile leaves this out")
     # On a GPU, CUDA graphs: the kernels of so small a network take less time than Python needs to start them.
     network = torch.compile(model, dynamic=False, mode="reduce-overhead" if x_t.is_cuda else "default")
     try:
