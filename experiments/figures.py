@@ -167,7 +167,7 @@ def figure8(rows: Rows) -> Figure:
                           ha="center", va="center")
     real_line(axes, rows, FINAL_IMAGES)
     kept = [point for name, point in points.items() if name != IMPOSSIBLE]
-    title = f"correlation of the logarithms {correlation(kept):.2f}, without {IMPOSSIBLE}" if len(kept) > 5 else ""
+    title = f"correlation of the logarithms {correlation(kept):.3f}, without {IMPOSSIBLE}" if len(kept) > 5 else ""
     axes.set_title(title, fontsize=10)
     finish(axes, xlabel="multiply-adds of a forward pass", xscale="log")
     axes.margins(x=0.1)
