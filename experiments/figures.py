@@ -152,25 +152,28 @@ def correlation(points: Iterable[tuple[float, float]]) -> float:
 
 
 def figure8(rows: Rows) -> Figure:
-    """FID at the end against the multiply-adds of a forward pass."""
+    """FID at the end against the multiply-adds of a forward pass, and against the parameters."""
     mine = found(select(rows, n=FINAL_IMAGES))
-    figure = Figure(figsize=(6, 4), dpi=DPI, layout="constrained")
-    axes, points = figure.subplots(), {}
-    for name in FAMILY:
-        of_model = [row for row in mine if row["model"] == name]
-        for x, mean, least, greatest in over_seeds(of_model, lambda row: row["multiply_adds"]):
-            points[name] = (x, mean)
-            size = name.split("/")[0]
-            axes.errorbar(x, mean, [[mean - least], [greatest - mean]], color=COLORS[size], marker=MARKERS[patch_of(name)],
-                          markerfacecolor="none" if name == IMPOSSIBLE else None, capsize=3)
-            axes.annotate(name, (x, mean), xytext=LABELS[patch_of(name)], textcoords="offset points", fontsize=8,
-                          ha="center", va="center")
-    real_line(axes, rows, FINAL_IMAGES)
-    kept = [point for name, point in points.items() if name != IMPOSSIBLE]
-    title = f"correlation of the logarithms {correlation(kept):.3f}, without {IMPOSSIBLE}" if len(kept) > 5 else ""
-    axes.set_title(title, fontsize=10)
-    finish(axes, xlabel="multiply-adds of a forward pass", xscale="log")
-    axes.margins(x=0.1)
+    figure = Figure(figsize=(9, 4), dpi=DPI, layout="constrained")
+    for axes, column, xlabel in zip(figure.subplots(1, 2, sharey=True), ("multiply_adds", "parameters"),
+                                    ("multiply-adds of a forward pass", "trainable parameters"), strict=True):
+        points = {}
+        for name in FAMILY:
+            of_model = [row for row in mine if row["model"] == name]
+            for x, mean, least, greatest in over_seeds(of_model, lambda row, column=column: row[column]):
+                points[name] = (x, mean)
+                axes.errorbar(x, mean, [[mean - least], [greatest - mean]], color=COLORS[name.split("/")[0]],
+                              marker=MARKERS[patch_of(name)], markerfacecolor="none" if name == IMPOSSIBLE else None,
+                              capsize=3)
+                axes.annotate(name, (x, mean), xytext=LABELS[patch_of(name)], textcoords="offset points", fontsize=8,
+                              ha="center", va="center")
+        real_line(axes, rows, FINAL_IMAGES)
+        kept = [point for name, point in points.items() if name != IMPOSSIBLE]
+        title = f"correlation of the logarithms {correlation(kept):.3f}, without {IMPOSSIBLE}" if len(kept) > 5 else ""
+        axes.set_title(title, fontsize=10)
+        finish(axes, xlabel=xlabel, xscale="log")
+        axes.margins(x=0.1)
+        axes.label_outer()
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper right")
     return figure
