@@ -26,7 +26,7 @@ COMMANDS = sorted({command for command in INDENTED if re.match(r"(\w+=\S+ )*(pyt
 CALL = re.compile(r"(?:python|torchrun)(?: [^`\n]*)? (train|inference|evaluate)\.py\b([^`#&\n]*)")
 CALLS = sorted({call for name, text in DOCUMENTS.items() if not name.startswith("experiments/")  # its log has old options
                 for call in CALL.findall(text)})
-EXAMPLES = re.findall(r"```python\n((?:from|import) .*?)```", DOCUMENTS["README.md"], flags=re.DOTALL)
+EXAMPLES = re.findall(r"```python\n((?:from|import) .*?)```", DOCUMENTS["docs/faq.md"], flags=re.DOTALL)
 SHORTER = {  # options that make a command short; the last one counts
     "train.py": [*map(str, TINY), "--epochs", "1"],
     "inference.py": ["--steps", "2"],
@@ -100,6 +100,6 @@ def test_every_command_of_readme_runs(command, copy_of_the_project):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_every_python_example_of_readme_runs(example, copy_of_the_project):
+def test_every_python_example_runs(example, copy_of_the_project):
     (copy_of_the_project / "example.py").write_text(example)
     run("python example.py", copy_of_the_project)
