@@ -109,7 +109,7 @@ def _require_within(config: object, name: str, least: float, most: float) -> Non
 
 
 def _check_types(config: object) -> None:
-    """The types and choices of all fields, whose values come from files too. A whole number may stand for a float."""
+    """Check types and choices of all fields: their values come from files too. A whole number may stand for a float."""
     for f in fields(config):
         value, choices = getattr(config, f.name), f.metadata.get("choices")
         _require(choices is None or value in choices, f"{f.name} must be one of {choices}, not {value!r}")

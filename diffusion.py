@@ -43,7 +43,7 @@ class GaussianDiffusion:
         self.alpha_bar = torch.cumprod(self.alpha, dim=0)
         self.alpha_bar_prev = _shifted(self.alpha_bar)
         self.beta_tilde = beta * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)  # DDPM eq. 7
-        # beta_tilde is 0 at t = 0, so its logarithm uses the next value there, as the papers' code does.
+        # beta_tilde is 0 at t = 0, so its logarithm uses the next value there, as iDDPM's code does.
         next_value = self.beta_tilde[1] if len(beta) > 1 else beta[0]
         self.log_beta_tilde = torch.where(self.beta_tilde > 0, self.beta_tilde, next_value).log()
 
@@ -90,7 +90,7 @@ class GaussianDiffusion:
     def log_variance(self, x_t: Tensor, t: Tensor, v: Tensor | None = None) -> Tensor:
         """log Sigma(x_t, t): log beta_tilde, or with v the interpolation between it and log beta (iDDPM eq. 15).
 
-        As in the papers' code, v = -1 means beta_tilde and v = 1 means beta, where eq. 15 has 0 and 1. v is not clipped.
+        As in iDDPM's code, v = -1 means beta_tilde and v = 1 means beta, where eq. 15 has 0 and 1. v is not clipped.
         """
         low = _at(self.log_beta_tilde, t, x_t)
         if v is None:

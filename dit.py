@@ -149,7 +149,7 @@ class DiT(nn.Module):
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=self.config.time_init_std)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=self.config.time_init_std)
         # Zero gates make each adaLN-Zero block the identity; the zero final layer makes the first prediction exactly 0. The
-        # paper's code sets all of both modulations to zero, which also leaves the LayerNorms plain.
+        # paper's code zeroes shift and scale too, so that all LayerNorms start plain.
         for layer in self.modules():
             if isinstance(layer, DiTBlock | FinalLayer):
                 nn.init.zeros_(layer.adaLN_modulation[1].weight)

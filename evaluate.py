@@ -31,7 +31,7 @@ from runtime.fused import fused
 from runtime.script import check_files, exit_status, run_script
 from runtime.speed import keep_freed_memory
 
-EPOCHS, BATCH_SIZE = 8, 125  # of the classifier; and images sampled at a time
+EPOCHS, BATCH_SIZE = 8, 125  # of the classifier; BATCH_SIZE is for sampling and the bound too
 
 
 class Classifier(nn.Module):
@@ -161,7 +161,7 @@ def evaluate(images: Tensor, labels: Tensor, classifier: Classifier, train_set: 
 def sample_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Tensor]:
     """n images (n, 1, 28, 28) in [-1, 1], as many of each digit as of any other, and their labels (n,).
 
-    settings: those of `generate`. Each BATCH_SIZE of them has a seed of its own, which follows from `seed`.
+    settings: those of `generate`. Each batch has a seed of its own, so that no two share their noise, whatever `seed`.
     """
     labels = torch.arange(n) % model.config.num_classes
     batches = enumerate(tqdm(labels.split(BATCH_SIZE), desc="sampling", unit="batch"))

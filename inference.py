@@ -49,7 +49,7 @@ def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm
     sample = diffusion.ddpm_sample if sampler == "ddpm" else partial(diffusion.ddim_sample, eta=eta)
     network = guided(fused(model, frozen=True), guidance, null_class=config.num_classes)
     shape = (len(y), config.in_channels, config.image_size, config.image_size)
-    x_T = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    x_T = torch.randn(shape, generator=generator, device=device, dtype=dtype)  # here, in the network's dtype
     steps = STEPS[sampler] if steps is None else steps
     return sample(network, shape, y, steps=steps, generator=generator, x_T=x_T, on_step=on_step)
 

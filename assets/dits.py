@@ -73,7 +73,7 @@ def architecture() -> Figure:
         (f"+ pos_embed (1, {L}, {D})", FIXED, shape["x_embedder"]),
         (f"DiTBlock x {config.depth}", LEARNED, shape["blocks.0"]),
         ("LayerNorm\nx (1 + scale) + shift", FIXED, shape["final_layer.norm_final"]),
-        (f"Linear({D}, {p * p * config.out_channels})", LEARNED, shape["final_layer"]),
+        (f"Linear({D}, {p * p * config.out_channels})\nzero at the start", LEARNED, shape["final_layer"]),
         ("unpatchify", FIXED, image),
         ("eps_hat, the noise in it", DATA, ""),
     ], top=9.4, gap=1.25)
@@ -86,7 +86,7 @@ def architecture() -> Figure:
     box(axes, 5.0, c, "c", CONDITION, width=0.7)
     arrow(axes, 4.65, c - 0.1, 2.55, whole[3], color="#c27c0e")
     arrow(axes, 5.0, c - 0.32, 5.0, whole[4] + 0.32, color="#c27c0e")
-    box(axes, 5.0, whole[4], f"SiLU, Linear({D}, {2 * D})", LEARNED)
+    box(axes, 5.0, whole[4], f"SiLU, Linear({D}, {2 * D})\nzero at the start", LEARNED)
     arrow(axes, 3.68, whole[4], 2.55, whole[4], color="#c27c0e")
     axes.text(3.12, whole[4] + 0.1, "shift, scale", fontsize=6.5, color="#a0650a", ha="center", va="bottom")
 

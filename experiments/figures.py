@@ -30,7 +30,7 @@ PATCHES = (7, 4, 2)
 COLORS = dict(zip((*BLOCKS, *SIZES), ("C7", "C1", "C2", "C0", "C0", "C1", "C2", "C3"), strict=True))
 MARKERS = dict(zip(PATCHES, "s^o", strict=True))
 LINES = dict(zip(PATCHES, (":", "--", "-"), strict=True))
-LABELS = {7: (0, -11), 4: (0, 11), 2: (16, 0)}  # of points, so that models of equal compute do not share a place
+LABELS = {7: (16, 0), 4: (-16, 0), 2: (16, 0)}  # of points, so that models of equal compute do not share a place
 IMPOSSIBLE = "S/7"  # 32 values of a token cannot hold the 49 noise values of its patch
 
 
@@ -164,7 +164,7 @@ def figure8(rows: Rows) -> Figure:
                 points[name] = (x, mean)
                 axes.errorbar(x, mean, [[mean - least], [greatest - mean]], color=COLORS[name.split("/")[0]],
                               marker=MARKERS[patch_of(name)], markerfacecolor="none" if name == IMPOSSIBLE else None,
-                              capsize=3)
+                              capsize=3 if greatest > least else 0)
                 axes.annotate(name, (x, mean), xytext=LABELS[patch_of(name)], textcoords="offset points", fontsize=8,
                               ha="center", va="center")
         real_line(axes, rows, FINAL_IMAGES)
@@ -172,7 +172,7 @@ def figure8(rows: Rows) -> Figure:
         title = f"correlation of the logarithms {correlation(kept):.3f}, without {IMPOSSIBLE}" if len(kept) > 5 else ""
         axes.set_title(title, fontsize=10)
         finish(axes, xlabel=xlabel, xscale="log")
-        axes.margins(x=0.1)
+        axes.margins(x=0.15)
         axes.label_outer()
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper right")
