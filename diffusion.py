@@ -25,19 +25,16 @@ class GaussianDiffusion:
     """The chain q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I) and its learned reversal.
 
     The schedule is that of DDPM section 4, in float64 on the CPU. Its values are cast and moved when they are used.
-    timesteps: (steps,), the times the chain visits; default: all of 0, ..., num_timesteps - 1. In a respaced chain, the
-    methods below take t as an index into `timesteps`; the model always receives the time itself.
+    timesteps: (steps,), the times the chain visits; default: all of 0, ..., T - 1. In a respaced chain, which is for
+    sampling only, the methods below take t as an index into `timesteps`; the model receives the time itself.
     """
 
-    def __init__(self, num_timesteps: int = T, timesteps: Tensor | None = None):
-        if num_timesteps < 1:
-            raise ValueError(f"a diffusion needs at least 1 timestep, not {num_timesteps}")
-        beta = torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64, device="cpu")  # DDPM section 4
+    def __init__(self, timesteps: Tensor | None = None):
+        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64, device="cpu")  # DDPM section 4
         if timesteps is not None:  # the beta between each of these times and the one before it (iDDPM eq. 19)
             alpha_bar = torch.cumprod(1 - beta, dim=0)[timesteps]
             beta = 1 - alpha_bar / _shifted(alpha_bar)
-        self.num_timesteps = num_timesteps
-        self.timesteps = torch.arange(num_timesteps, device="cpu") if timesteps is None else timesteps
+        self.timesteps = torch.arange(T, device="cpu") if timesteps is None else timesteps
         self.beta = beta
         self.alpha = 1 - beta
         self.alpha_bar = torch.cumprod(self.alpha, dim=0)
@@ -58,7 +55,7 @@ class GaussianDiffusion:
         if not 1 <= steps <= len(self):
             raise ValueError(f"the number of sampling steps must lie in [1, {len(self)}], not {steps}")
         kept = (torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") * len(self) / steps).round().long() - 1
-        return self if steps == len(self) else GaussianDiffusion(self.num_timesteps, self.timesteps[kept])
+        return self if steps == len(self) else GaussianDiffusion(self.timesteps[kept])
 
     # Forward process
 
@@ -125,7 +122,7 @@ class GaussianDiffusion:
         """
         distance = {"l1": F.l1_loss, "mse": F.mse_loss}[kind]
         x_t = self.q_sample(x_0, t, eps)
-        eps_hat, v = split(model(x_t, self.timesteps.to(t.device)[t], y), x_t)
+        eps_hat, v = split(model(x_t, t, y), x_t)
         error = distance(eps_hat, eps, reduction="none")  # squared: DDPM eq. 14
         if min_snr:
             snr = self.alpha_bar / (1 - self.alpha_bar)
@@ -133,9 +130,9 @@ class GaussianDiffusion:
         if v is None:
             return error.mean()
         # + 0.001 L_vlb, as in L_hybrid (iDDPM eq. 16), where the error is L_simple. L_vlb, in bits/dim as in the papers'
-        # code, is a sum of T terms, estimated here from one of them: hence the factor len(self). It trains only v.
+        # code, is a sum of T terms, estimated here from one of them: hence the factor T. It trains only v.
         term = self.vlb_term(torch.cat([eps_hat.detach(), v], dim=1), x_0, x_t, t, clip=False)
-        return error.mean() + 0.001 * len(self) * term.mean()
+        return error.mean() + 0.001 * T * term.mean()
 
     def vlb_term(self, out: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, clip: bool = True) -> Tensor:
         """One term of the NLL bound, KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)); at t = 0, -log p(x_0 | x_1) (DDPM eq. 5).
@@ -213,9 +210,7 @@ def guided(model: Model, guidance: float, null_class: int) -> Model:
     0 the unconditional one. A predicted variance stays that of the conditional model, as in the paper's code.
     """
     if guidance == 1:
-        return model  # the two cases that need one evaluation per step, not two
-    if guidance == 0:
-        return lambda x_t, t, y: model(x_t, t, torch.full_like(y, null_class))
+        return model  # one evaluation per step instead of two
 
     def conditional_and_null(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         out = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null_class)]))

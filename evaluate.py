@@ -173,7 +173,7 @@ def sample_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Te
 @torch.no_grad()
 def nll_bound(model: DiT, digits: Digits, seed: int = 0) -> float:
     """Upper bound on -log p(x_0 | y) (DDPM eq. 5), a mean over `digits` in bits/dim: the prior's term and those of all t."""
-    diffusion, network = GaussianDiffusion(T), fused(model, frozen=True)
+    diffusion, network = GaussianDiffusion(), fused(model, frozen=True)
     generator = torch.Generator(digits.images.device).manual_seed(seed)
     kept = diffusion.alpha_bar[-1].item()  # the signal in x_T
     total = 0.0

@@ -27,7 +27,7 @@ from dit import DiT
 from runtime.checkpoint import CheckpointError, beside_the_scripts, load_model
 from runtime.fused import fused
 from runtime.pictures import denser_at_the_end, fits, save_animation, save_picture, show
-from runtime.script import check_files, exit_status, pick_device, positive_int, run_script
+from runtime.script import check_files, exit_status, pick_device, run_script
 from runtime.speed import keep_freed_memory
 
 
@@ -45,7 +45,7 @@ def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm
         raise ValueError("eta goes with the sampler ddim")
     config, device, dtype = model.config, model.pos_embed.device, model.pos_embed.dtype
     y = as_labels(labels, config.num_classes).to(device)
-    diffusion, generator = GaussianDiffusion(T), torch.Generator(device).manual_seed(seed)
+    diffusion, generator = GaussianDiffusion(), torch.Generator(device).manual_seed(seed)
     sample = diffusion.ddpm_sample if sampler == "ddpm" else partial(diffusion.ddim_sample, eta=eta)
     network = guided(fused(model, frozen=True), guidance, null_class=config.num_classes)
     shape = (len(y), config.in_channels, config.image_size, config.image_size)
@@ -75,7 +75,7 @@ def sample_pictures(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if not all(fits(*size, model.config.image_size) for size in sizes):
         parser.error("the picture is too large: try fewer --digits, --per-digit or --columns")
     y = torch.tensor(args.digits).repeat_interleave(args.per_digit)
-    all_times = [*(GaussianDiffusion(T).respaced(args.steps).timesteps.flip(0) + 1).tolist(), 0]
+    all_times = [*(GaussianDiffusion().respaced(args.steps).timesteps.flip(0) + 1).tolist(), 0]
     times = denser_at_the_end(all_times, args.columns)
     frames = denser_at_the_end(all_times, 31) if args.gif else []
     kept = {}  # t -> x_t
@@ -134,7 +134,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, out
     ranges |= {"steps": (1, T), "eta": (0, 1), "guidance": (0, 100), "seed": (0, 2**63 - 1)}
     for name, (least, most) in ranges.items():
         if not least <= getattr(args, name) <= most:
-            parser.error(f"argument --{name}: must lie in [{least}, {most}], not {getattr(args, name)}")
+            parser.error(f"argument --{name.replace('_', '-')}: must lie in [{least}, {most}], not {getattr(args, name)}")
     if args.eta and args.sampler != "ddim":
         parser.error("argument --eta: goes with --sampler ddim")
     sampler = args.sampler if args.sampler == "ddpm" else f"{args.sampler}, eta {args.eta:g}"
@@ -151,8 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("inference.py", description="Sample digits from a trained DiT.", allow_abbrev=False)
     add = parser.add_argument
     add("--digits", type=int, nargs="+", choices=range(10), metavar="D", default=range(10), help="default: 0 to 9")
-    add("--per-digit", type=positive_int, default=1, metavar="N", help="images of each digit (default: %(default)s)")
-    add("--columns", type=positive_int, default=11, metavar="N",
+    add("--per-digit", type=int, default=1, metavar="N", help="images of each digit (default: %(default)s)")
+    add("--columns", type=int, default=11, metavar="N",
         help="times to show; 1: only final digits, a row of --per-digit each (default: %(default)s)")
     add_sampling_options(parser)
     add("--output", type=Path, default=Path("inference.png"), help="the picture (default: %(default)s)")
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     for path, suffixes in ((args.output, (".png", ".jpg", ".pdf", ".svg")), (args.gif, (".gif",))):
         if path and path.suffix.lower() not in suffixes:
             parser.error(f"{path} must end in {' or '.join(suffixes)}")
-    check_options(parser, args, [args.output, args.gif])
+    check_options(parser, args, [args.output, args.gif], per_digit=(1, 10_000), columns=(1, T + 1))
     keep_freed_memory()
     return exit_status(parser, lambda: sample_pictures(parser, args))
 

@@ -15,7 +15,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 import argparse
 import copy
 import math
-import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from config import FAMILY, GUIDANCE, PAPER, ModelConfig, T, TrainConfig
+from config import FAMILY, GUIDANCE, PAPER, ModelConfig, TrainConfig
 from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion, guided
 from dit import DiT
@@ -96,12 +95,12 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
     if cfg.batch_size % ranks.size:
         raise TrainingError(f"a batch of {cfg.batch_size} cannot be shared evenly by {ranks.size} processes")
     keep_freed_memory()
-    device = pick_device(cfg.device, ranks.local_rank)
+    device = pick_device(cfg.device)
     data_dir = beside_the_scripts(cfg.data_dir)
     if data_dir != Path(cfg.data_dir) and ranks.leads:
         print(f"there is no {cfg.data_dir} here: training on {data_dir}")
     train_set, test_set = (load_mnist(split, data_dir, device, cfg.limit, cfg.model.image_size) for split in (True, False))
-    diffusion = GaussianDiffusion(T)
+    diffusion = GaussianDiffusion()
     torch.manual_seed(cfg.seed)  # the initial weights
     model = DiT(cfg.model).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -145,9 +144,8 @@ def make_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for f in fields(config_class):
             if "help" in f.metadata:
-                # Options with an action, such as --compile and --no-compile, take no type.
-                typed = {} if "action" in f.metadata else {"type": type(f.default)}
-                group.add_argument("--" + f.name.replace("_", "-"), default=f.default, **typed, **f.metadata)
+                kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+                group.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **f.metadata)
     models = FAMILY | PAPER
     group.add_argument("--model", choices=tuple(models), metavar="NAME", default=argparse.SUPPRESS,
                        help=f"take the defaults of this group from a named model: {', '.join(models)}")
@@ -156,10 +154,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, bool]:
     """The recipe of the command line, and whether to resume. Exits with an error message if it is wrong."""
-    named = (FAMILY | PAPER).get(getattr(parser.parse_args(argv), "model", None))
-    if named:
-        parser.set_defaults(**{f.name: getattr(named, f.name) for f in fields(ModelConfig) if "help" in f.metadata})
     args = parser.parse_args(argv)
+    if [] in vars(args).values():
+        parser.error("an option lacks its value")  # before Python 3.13, argparse reads --model=-- as an empty list
+    if "model" in args:
+        named = (FAMILY | PAPER)[args.model]
+        parser.set_defaults(**{f.name: getattr(named, f.name) for f in fields(ModelConfig) if "help" in f.metadata})
+        args = parser.parse_args(argv)
 
     def chosen(config_class: type) -> dict:
         return {f.name: getattr(args, f.name) for f in fields(config_class) if "help" in f.metadata}
@@ -176,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     cfg, resume = parse_args(parser, argv)
     try:
-        device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", "0")))
+        device = pick_device(cfg.device)
     except ValueError as error:
         parser.error(str(error))
 

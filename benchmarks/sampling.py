@@ -9,7 +9,7 @@ import argparse
 import torch
 
 from benchmarks.measure import about, arithmetic, medians
-from config import ModelConfig, T
+from config import ModelConfig
 from diffusion import GaussianDiffusion, guided
 from dit import DiT
 from inference import generate
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def plain() -> None:
         """The sampler with the network as it stands in dit.py."""
-        GaussianDiffusion(T).ddim_sample(network, x_T.shape, y, steps=STEPS, x_T=x_T)
+        GaussianDiffusion().ddim_sample(network, x_T.shape, y, steps=STEPS, x_T=x_T)
 
     def fast() -> None:
         generate(model, y, sampler="ddim", steps=STEPS, guidance=args.guidance)

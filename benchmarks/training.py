@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.measure import about, arithmetic, medians
-from config import FAMILY, ModelConfig, T, TrainConfig
+from config import FAMILY, ModelConfig, TrainConfig
 from dataset import Digits
 from diffusion import GaussianDiffusion
 from dit import DiT
@@ -30,7 +30,7 @@ def training_step(cfg: TrainConfig, device: torch.device, fast: bool) -> tuple[C
     """The loop of train.py without its bookkeeping, as a call; and its forward and backward pass alone."""
     torch.manual_seed(0)
     model = DiT(cfg.model).to(device)
-    ema, optimizers, diffusion = copy.deepcopy(model), make_optimizers(model, cfg), GaussianDiffusion(T)
+    ema, optimizers, diffusion = copy.deepcopy(model), make_optimizers(model, cfg), GaussianDiffusion()
     noise = torch.Generator(device).manual_seed(0)
     images = torch.randint(0, 256, (4 * cfg.batch_size, 1, 28, 28), dtype=torch.uint8, device=device)
     data = Digits(images, torch.arange(len(images), device=device) % 10)

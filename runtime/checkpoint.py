@@ -86,20 +86,16 @@ def _sync(path: Path, flags: int) -> None:
 def check_writable(path: str | Path) -> None:
     """OSError with a one-sentence message if `path` could not be written: better now than after an hour's work."""
     file = _target(path)
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise OSError(f"{path} is a directory or a device, not a file")
+    if not os.path.isdir(file.parent):
+        raise OSError(f"{path} cannot be written: there is no folder {file.parent}")
     try:
-        if file.is_dir():
-            raise OSError(f"{path} is a directory, not a file")
-        if not file.parent.is_dir():
-            raise OSError(f"{path} cannot be written: there is no folder {file.parent}")
-        if file.exists() and not file.is_file():
-            raise OSError(f"{path} is not a file that could be replaced")
-        if not os.access(file.parent, os.W_OK):
-            raise OSError(f"{path} cannot be written: no permission in folder {file.parent}")
-        os.lstat(_temporary(file))  # fails otherwise than FileNotFoundError if the name is too long
-    except FileNotFoundError:
-        pass
+        temporary = _temporary(file)
+        temporary.touch()
+        temporary.unlink()
     except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}" if error.strerror else str(error)) from error
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def save_checkpoint(path: str | Path, content: dict) -> None:
@@ -141,9 +137,7 @@ def load_checkpoint(path: str | Path, entries: dict[str, type]) -> dict:
         reason = f"{type(error).__name__}: {printable(error)}"
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason})") from error
     if content["format"] != FORMAT:
-        age = "a newer" if content["format"] > FORMAT else "an older"
-        raise CheckpointError(f"{path} was written by {age} version of this project (format {content['format']}; "
-                              f"this one reads {FORMAT}): load it with that version")
+        raise CheckpointError(f"{path} is of another version of this project (format {content['format']}, not {FORMAT})")
     if computed != content.get("sha256"):
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
     for name, kind in entries.items():

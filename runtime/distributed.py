@@ -16,11 +16,11 @@ from torch import Tensor, distributed, nn
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank: this process's number in [0, size); local_rank: its number on this machine, which is its GPU's too."""
+    """The processes of a run, as one of them sees them."""
 
-    rank: int = 0
+    rank: int = 0  # its number in [0, size)
     size: int = 1
-    local_rank: int = 0
+    launch: str = ""  # what torchrun calls this launch of the processes
     restarted: bool = False  # by torchrun, after one of the processes had died
 
     @property
@@ -58,8 +58,9 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     device: this process's own.
     """
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # each machine counts its own
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "")  # with --standalone another one every time
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Ranks(restarted=restarts > 0)
+        yield Ranks(launch=launch, restarted=restarts > 0)
         return
     store, rank, size = next(distributed.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
@@ -68,12 +69,11 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         store = distributed.PrefixStore(f"start {restarts}", store)
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of the patch weights, which `PatchEmbed` permutes
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    local_rank = int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        alone = Ranks(rank, size, local_rank)
+        alone = Ranks(rank, size, launch)
         yield replace(alone, restarted=alone.any(restarts > 0))
     finally:
         distributed.destroy_process_group()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from config import ModelConfig, TrainConfig
 from dataset import Digits
 from dit import DiT
-from runtime.checkpoint import CheckpointError, check_weights, load_checkpoint, printable, save_checkpoint, write_atomically
+from runtime.checkpoint import CheckpointError, load_checkpoint, printable, save_checkpoint, write_atomically
 from runtime.distributed import Ranks
 from runtime.pictures import as_bytes, loss_curve, save_picture, show
 from runtime.script import Stopped, TrainingError, check_files, lock
@@ -75,8 +75,7 @@ class Run:
 
     def begin(self, resume: bool) -> None:
         """Start, or continue from the state of a run of the same recipe. CheckpointError or TrainingError if it cannot."""
-        # After torchrun has restarted dead processes, the state is this run's: any other was renamed at its start.
-        if self.ranks.any(resume or (self.ranks.restarted and self.files.state.exists())):
+        if self.ranks.any(resume or (self.ranks.restarted and self.files.holds_state_of(self.ranks.launch))):
             self._continue()
         elif self.ranks.leads:
             self.files.keep_another_runs()
@@ -86,13 +85,14 @@ class Run:
 
     def _continue(self) -> None:
         try:
-            state = self.files.load_state(self.model)
+            state = self.files.load_state()
             self._restore(state)
             if self.step > self.total_steps:
                 raise TrainingError(f"{self.files.state} is at step {self.step}, and {self.cfg.epochs} epochs end at step "
                                     f"{self.total_steps}")
             if self.ranks.leads:
-                self.files.keep_another_runs(self.curve)
+                if self.curve:
+                    self.files.save_curve(self.curve, last=False)
                 self.files.save_weights(self.ema, self.step)  # a crash may have come between the state and these
                 print(f"resumed at step {self.step} of {self.total_steps}")
                 if state["threads"] != torch.get_num_threads():
@@ -107,7 +107,7 @@ class Run:
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "step": self.step, "curve": self.curve, "samples": self.samples, "seconds": time.monotonic() - self.started,
                 "loss_sum": self.loss_sum, "order": self.order_at_epoch, "noise": self.noise.get_state(),
-                "threads": torch.get_num_threads()}
+                "threads": torch.get_num_threads(), "launch": self.ranks.launch}
 
     def _restore(self, state: dict) -> None:
         self.model.load_state_dict(state["weights"])
@@ -186,17 +186,19 @@ class RunFiles:
 
     def __init__(self, cfg: TrainConfig):
         self.cfg = cfg
-        self.weights = Path(cfg.checkpoint)
-        stem, suffix = self.weights.stem, self.weights.suffix
-        prefix = "" if stem == "model" else f"{stem}."
-        self.state, self.csv, self.png, self.samples = (
-            self.weights.parent / name
-            for name in (f"{stem}.resume{suffix}", f"{prefix}loss.csv", f"{prefix}loss.png", f"{prefix}samples.png"))
-        check_files([self.weights, self.state, self.csv, self.png, self.samples])
+        self.all = self.weights, self.state, self.csv, self.png, self.samples = _names(Path(cfg.checkpoint))
+        check_files(self.all)
         self.pictures_failed, self.picture_time = False, -math.inf
 
-    def load_state(self, model: DiT) -> dict:
-        """The content of model.resume.pth. CheckpointError if it does not fit the model, or is of another recipe."""
+    def holds_state_of(self, launch: str) -> bool:
+        """Whether there is a state that this launch of torchrun saved."""
+        try:
+            return load_checkpoint(self.state, STATE).get("launch") == launch
+        except CheckpointError:
+            return False
+
+    def load_state(self) -> dict:
+        """The content of model.resume.pth. CheckpointError if there is none, or one of another recipe."""
         if not self.state.exists():
             raise CheckpointError(f"there is nothing to resume: no file {self.state}")
         content = load_checkpoint(self.state, STATE)
@@ -208,8 +210,6 @@ class RunFiles:
             differences = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
             raise CheckpointError(f"{self.state} belongs to another recipe: {differences}; resume with the options that "
                                   "it was started with, or leave out --resume to start again")
-        for name in ("weights", "ema"):
-            check_weights(self.state, content[name], model)
         return content
 
     def save(self, state: dict, ema: DiT, step: int) -> None:
@@ -224,7 +224,8 @@ class RunFiles:
 
     def save_curve(self, curve: list[dict], last: bool) -> None:
         """loss.csv and loss.png; the picture at most every ten seconds, since it takes as long as many steps on a GPU."""
-        write_atomically(self.csv, lambda path: path.write_text("\n".join(csv_lines(curve)) + "\n"))
+        rows = [",".join(format(row[name], form) for name, form in CURVE.items()) for row in curve]
+        write_atomically(self.csv, lambda path: path.write_text("\n".join([",".join(CURVE), *rows]) + "\n"))
         if last or time.monotonic() - self.picture_time > 10:
             weighted = f", min-SNR weights ({self.cfg.min_snr:g})" if self.cfg.min_snr else ""
             self._picture(self.png, lambda: loss_curve(curve, f"{self.cfg.loss.upper()} loss", weighted))
@@ -243,29 +244,24 @@ class RunFiles:
                 tqdm.write(f"{path} could not be drawn, and training continues: {error}")
             self.pictures_failed = True
 
-    def keep_another_runs(self, curve: list[dict] | None = None) -> None:
-        """Keep another run's files under new names. They are this run's if loss.csv begins with this curve."""
-        if curve is None:
-            if self.state.exists():
-                kept = self.state.rename(_kept_name(self.state))
-                print(f"{self.state} is of another run and kept as {kept}: to continue that one, stop, rename it back and "
-                      "add --resume")
-        else:
-            known = [line.encode() for line in csv_lines(curve)]
-            if not self.csv.is_file() or self.csv.read_bytes().splitlines()[:len(known)] == known:
-                return
-        for path in filter(Path.exists, (self.weights, self.csv, self.png, self.samples)):
-            kept = _kept_name(path)  # a copy, so that there is a file of the first name at every moment
-            write_atomically(kept, lambda temporary, path=path: shutil.copy2(path, temporary))
-            print(f"{path} is another run's: kept as {kept}")
+    def keep_another_runs(self) -> None:
+        """Give another run's files the names that --checkpoint model.old-1.pth, or -2, ..., has: it can continue there."""
+        if not any(path.exists() for path in self.all):
+            return
+        choices = (_names(self.weights.with_stem(f"{self.weights.stem}.old-{number}")) for number in count(1))
+        kept = next(names for names in choices if not any(path.exists() for path in names))
+        if self.weights.exists():  # a copy, so that there is a model.pth at every moment
+            write_atomically(kept[0], lambda temporary: shutil.copy2(self.weights, temporary))
+        for path, name in zip(self.all[1:], kept[1:], strict=True):
+            if path.exists():
+                path.rename(name)
+        continues = f"; --resume --checkpoint {kept[0]} continues it" if kept[1].exists() else ""
+        print(f"{self.weights} and the files next to it are another run's: kept as {kept[0]} and so on{continues}")
 
 
-def csv_lines(curve: list[dict]) -> list[str]:
-    """A line per epoch, under the names of its values."""
-    return [",".join(CURVE), *(",".join(format(row[name], form) for name, form in CURVE.items()) for row in curve)]
-
-
-def _kept_name(path: Path) -> Path:
-    """The first free name of model.old-1.pth, model.old-2.pth, ..."""
-    names = (path.with_name(f"{path.stem}.old-{number}{path.suffix}") for number in count(1))
-    return next(name for name in names if not name.exists())
+def _names(weights: Path) -> tuple[Path, ...]:
+    """A run's files: its weights, state, curve and pictures."""
+    stem, suffix = weights.stem, weights.suffix
+    prefix = "" if stem == "model" else f"{stem}."
+    others = f"{stem}.resume{suffix}", f"{prefix}loss.csv", f"{prefix}loss.png", f"{prefix}samples.png"
+    return weights, *(weights.parent / name for name in others)

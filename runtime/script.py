@@ -90,15 +90,12 @@ def _error(parser: argparse.ArgumentParser, sentence: str) -> int:
     return 1
 
 
-def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """The device of that name; "auto" is a GPU when there is one, else Apple's, else the CPU. ValueError if absent.
-
-    local_rank: which of the machine's GPUs, when several processes share the work.
-    """
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name; "auto" is a GPU when there is one, else Apple's, else the CPU. ValueError if absent."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
-        name = f"cuda:{local_rank}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun numbers the processes of a machine
     try:
         torch.zeros(1, device=name).item()
         return torch.device(name)
@@ -139,10 +136,3 @@ def lock(path: Path) -> BinaryIO:
     except OSError:  # a file system without locks, or a full one
         pass
     return held
-
-
-def positive_int(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value

@@ -38,15 +38,9 @@ def rewrite(path, **changes):
 
 # What is written is what is read
 
-@pytest.mark.parametrize(("dtype", "device"), [(torch.float32, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")])
-def test_a_model_comes_back_as_it_was_whatever_torchs_defaults(saved, open_network, dtype, device):
+def test_a_model_comes_back_as_it_was(saved, open_network):
     before = torch.get_rng_state()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model, info = load_model(saved)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    model, info = load_model(saved)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.config == open_network.config and not model.training
     assert info["step"] == 7 and info["recipe"] == {"lr": 0.1}
@@ -103,9 +97,9 @@ def test_a_folder_that_cannot_be_synced_is_said_truly(saved, open_network, monke
 
 
 def test_what_cannot_be_written_is_said_before_work_starts(tmp_path):
-    for path, words in ((tmp_path, "is a directory, not a file"), (tmp_path / "nowhere" / "model.pth", "there is no folder"),
+    for path, words in ((tmp_path, "is a directory or a device"), (tmp_path / "nowhere" / "model.pth", "there is no folder"),
                         (tmp_path / ("a" * 245 + ".png"), "File name too long"),
-                        ("/dev/null", "is not a file that could be replaced")):
+                        ("/dev/null", "is a directory or a device")):
         with pytest.raises(OSError, match=words):
             check_writable(path)
     check_writable(tmp_path / "model.pth")
@@ -239,12 +233,11 @@ def test_text_from_a_file_is_safe_on_a_terminal(saved):
     refuse(saved, r"does not build: .*\\x1b\[2J")
 
 
-def test_a_newer_and_an_older_format_say_so(saved, monkeypatch):
-    for version, age in ((checkpoint.FORMAT + 1, "a newer"), (checkpoint.FORMAT - 1, "an older")):
-        with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "FORMAT", version)
-            rewrite(saved)
-        refuse(saved, f"was written by {age} version of this project")
+def test_another_format_is_said(saved, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", 2)
+        rewrite(saved)
+    refuse(saved, r"is of another version of this project \(format 2, not 1\)")
 
 
 @pytest.mark.parametrize("name", checkpoint.WEIGHTS)

@@ -85,7 +85,7 @@ def test_a_killed_process_is_restarted_and_the_run_continues(tmp_path, one_proce
     out = finish(process)
     assert step < 12 and re.search(r"resumed at step \d+", out), out
     assert_same(tmp_path, one_process)
-    assert (tmp_path / "model.resume.old-1.pth").read_text() == "of an earlier run"
+    assert (tmp_path / "model.old-1.resume.pth").read_text() == "of an earlier run"
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ def test_repeated_training_images_are_memorised(data):
 
 def test_nll_bound_is_the_sum_of_its_terms(data, tiny_checkpoint):
     """With other noise: the terms of all t, and the KL of x_T and N(0, I), of one image after the other."""
-    model, diffusion = load_model(tiny_checkpoint)[0], GaussianDiffusion(T)
+    model, diffusion = load_model(tiny_checkpoint)[0], GaussianDiffusion()
     some, t = Digits(data[1].images[:2], data[1].labels[:2]), torch.arange(T)
     total = 0.0
     for x_0, y in zip(*some[:], strict=True):

@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from PIL import Image
 
 import inference
-from config import MNIST_IMAGES, ModelConfig, T, TrainConfig
+from config import MNIST_IMAGES, ModelConfig, TrainConfig
 from dataset import load_mnist
 from diffusion import GaussianDiffusion
 from dit import DiT
@@ -120,7 +120,7 @@ def test_pictures_do_not_depend_on_the_users_matplotlib(tmp_path, settings):
 # Too large
 
 @pytest.mark.parametrize("options", [("--gif", "a.gif"), ("--output", "a.jpg"), ("--output", "a.png"), ("--output", "a.png",
-                                     "--columns", 1001, "--per-digit", 50), ("--per-digit", 10**30)], ids=str)
+                                     "--columns", 1001, "--per-digit", 50), ("--per-digit", 10_000)], ids=str)
 def test_what_is_too_large_is_refused_before_sampling(tmp_path, monkeypatch, refused, options):
     weights = network(tmp_path / "model.pth", image_size=64)
     monkeypatch.chdir(tmp_path)
@@ -214,11 +214,12 @@ def test_an_output_is_no_input_and_no_other_output(tmp_path, monkeypatch, refuse
     os.link("w.png", "hard.png")
     os.symlink("w.png", "soft.png")
     os.symlink("later.gif", "dangling.gif")
+    os.symlink("later.gif", "dangling.png")
     before = content(tmp_path)
     for output in ("w.png", "folder/../w.png", "hard.png", "soft.png", tmp_path / "w.png"):
         refused(inference.main, 2, "one file", "--checkpoint", "w.png", "--output", output)
     for gif in ("later.gif", "folder/../later.gif", "dangling.gif"):
-        refused(inference.main, 2, "", "--checkpoint", "w.png", "--output", "later.gif", "--gif", gif)
+        refused(inference.main, 2, "one file", "--checkpoint", "w.png", "--output", "dangling.png", "--gif", gif)
     assert content(tmp_path) == before
 
 
@@ -242,4 +243,4 @@ def test_the_included_weights_are_what_train_py_makes():
     model, info = load_model(ROOT / "model.pth")
     assert info["recipe"] == asdict(TrainConfig())
     assert info["step"] == TrainConfig().epochs * (MNIST_IMAGES // TrainConfig().batch_size)
-    assert held_out_loss(model, GaussianDiffusion(T), load_mnist(False, ROOT / "mnist", limit=1000), "l1") < 0.05
+    assert held_out_loss(model, GaussianDiffusion(), load_mnist(False, ROOT / "mnist", limit=1000), "l1") < 0.05

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, TINY, content, run_script
 
 import train
-from config import BLOCKS, FAMILY, PAPER, ModelConfig, T, TrainConfig
+from config import BLOCKS, FAMILY, PAPER, ModelConfig, TrainConfig
 from dataset import load_mnist
 from diffusion import GaussianDiffusion
 from dit import DiT
@@ -99,7 +99,7 @@ def test_optimizers_hold_every_parameter_once():
 def test_held_out_loss_is_comparable():
     """The same at every call, untouched by and not touching the random state of training; each image counts once."""
     digits = load_mnist(False, ROOT / "mnist", limit=260)
-    model, diffusion = DiT(ModelConfig(depth=1)).eval(), GaussianDiffusion(T)
+    model, diffusion = DiT(ModelConfig(depth=1)).eval(), GaussianDiffusion()
     state = torch.get_rng_state()
     first = train.held_out_loss(model, diffusion, digits, "l1")
     assert torch.equal(torch.get_rng_state(), state)
@@ -172,16 +172,35 @@ def test_training_loss_is_the_mean_of_the_epoch(tmp_path, train_tiny, monkeypatc
     assert float(rows(tmp_path)[0]["train_loss"]) == pytest.approx(0.8 * (1 + 2 + 3) / 3, rel=0.02)
 
 
-def test_what_another_run_made_is_kept(tmp_path, train_tiny):
-    for name in FILES | {"model.old-1.pth"}:
-        (tmp_path / name).write_text(f"precious {name}")
+def test_another_run_is_kept_and_can_continue(tmp_path, train_tiny):
+    """Under the first names of which none is taken, as a run of its own."""
+    (tmp_path / "model.old-1.loss.csv").write_text("precious")
+    assert train_tiny(tmp_path, "--seed", 1)[0] == 0
+    first = content(tmp_path)
+    old = ("--checkpoint", tmp_path / "model.old-2.pth")
     status, out, _ = train_tiny(tmp_path)
-    assert status == 0 and "model.resume.pth is of another run" in out and "model.pth is another run's" in out
-    kept = {path.name: path.read_text() for path in tmp_path.glob("*.old-*")}
-    assert kept == {"model.old-1.pth": "precious model.old-1.pth", "model.old-2.pth": "precious model.pth"} | {
-        name: f"precious {name.replace('.old-1', '')}"
-        for name in ("model.resume.old-1.pth", "loss.old-1.csv", "loss.old-1.png", "samples.old-1.png")}
-    assert load_model(tmp_path / "model.pth")[1]["step"] == 3
+    assert status == 0 and f"--resume --checkpoint {old[1]} continues it" in out
+    second = content(tmp_path)
+    for name in FILES:
+        kept = name.replace("model", "model.old-2") if name.startswith("model") else f"model.old-2.{name}"
+        assert second[kept][0] == first[name][0]
+    assert train_tiny(tmp_path, *old, "--seed", 1, "--epochs", 2, "--resume")[0] == 0
+    after = content(tmp_path)
+    assert load_model(old[1])[1]["step"] == 6 and all(after[name] == second[name] for name in FILES)
+    assert (tmp_path / "model.old-1.loss.csv").read_text() == "precious"
+
+
+@pytest.mark.parametrize(("launch", "steps"), [("first", 0), ("second", 3)])
+def test_what_torchrun_restarts_continues_its_own_run_only(tmp_path, train_tiny, monkeypatch, launch, steps):
+    """Its first processes may have died before they set another run's state aside."""
+    environment = {"TORCHELASTIC_RUN_ID": "first", "TORCHELASTIC_RESTART_COUNT": "0"}
+    with mock.patch.dict(os.environ, environment):
+        assert train_tiny(tmp_path)[0] == 0
+    done = []
+    watch_loss(monkeypatch, lambda step, *batch: done.append(step))
+    with mock.patch.dict(os.environ, environment | {"TORCHELASTIC_RUN_ID": launch, "TORCHELASTIC_RESTART_COUNT": "1"}):
+        assert train_tiny(tmp_path)[0] == 0
+    assert len(done) == steps and (tmp_path / "model.old-1.resume.pth").exists() == (launch == "second")
 
 
 # Stopping and continuing
@@ -245,28 +264,6 @@ def test_more_epochs_may_follow(tmp_path, train_tiny):
     assert train_tiny(longer, *constant)[0] == 0
     assert train_tiny(longer, *constant, "--epochs", 2, "--resume")[0] == 0
     assert run_state(whole) == run_state(longer)
-
-
-def test_what_another_run_made_is_kept_at_resume_too(tmp_path, train_tiny):
-    """As after the state of an earlier run was renamed back."""
-    assert train_tiny(tmp_path, "--epochs", 2)[0] == 0
-    others = {name: f"another run's {name} \xff".encode("latin-1") for name in FILES - {"model.resume.pth"}}
-    for name, text in others.items():
-        (tmp_path / name).write_bytes(text)
-    assert train_tiny(tmp_path, "--epochs", 3, "--resume")[0] == 0
-    assert train_tiny(tmp_path, "--epochs", 4, "--resume")[0] == 0
-    for name, text in others.items():
-        assert (tmp_path / name.replace(".", ".old-1.")).read_bytes() == text
-    assert len(rows(tmp_path)) == 4 and not list(tmp_path.glob("*.old-2.*"))
-
-
-def test_a_run_stopped_in_its_first_epoch_leaves_another_runs_curve(tmp_path, train_tiny, monkeypatch):
-    (tmp_path / "loss.csv").write_text("precious")
-    with monkeypatch.context() as patch:
-        signals_at(patch, 1, signal.SIGTERM)
-        assert train_tiny(tmp_path)[0] == 128 + signal.SIGTERM
-    assert train_tiny(tmp_path, "--resume")[0] == 0
-    assert (tmp_path / "loss.old-1.csv").read_text() == "precious" and len(rows(tmp_path)) == 1
 
 
 def change_state(folder, **changes):
