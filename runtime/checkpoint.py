@@ -171,7 +171,11 @@ def check_archive(file: BinaryIO, size: int) -> None:
         if sum(entry.file_size for entry in entries) > size or len(set(archive.namelist())) < len(entries):
             raise ValueError("its entries overlap")
         [pickled] = (archive.read(entry) for entry in entries if entry.filename.endswith("data.pkl"))
+    tuples = 20_000 + 4 * len(entries)  # a tensor takes four; 200,000 in each other, as a dict's key, crash Python itself
     for instruction, value, _ in pickletools.genops(pickled):
+        tuples -= instruction.name.startswith("TUPLE")
+        if tuples < 0:
+            raise ValueError("it holds too many tuples")
         if instruction.name == "GLOBAL" and value not in NAMES:
             raise pickle.UnpicklingError("it holds something other than tensors and plain values; nothing of it was run")
 

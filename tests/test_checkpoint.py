@@ -205,9 +205,10 @@ def repack(path, program=None, compression=zipfile.ZIP_STORED):
 
 @pytest.mark.parametrize("program", [
     b"\x80\x02" + 10**6 * b"]" + (10**6 - 1) * b"a" + b".",
+    b"\x80\x02})" + 10**6 * b"\x85" + b"Ns.",
     b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
     b"\x80\x02ctorch\nFloatStorage\nK\x01\x85R.", b"\x80\x02(e.", b"\x80\x02Q.", b"\x80\x02",
-], ids=["list", "bytearray", "no function", "no list", "no storage", "no end"])
+], ids=["list", "tuples", "bytearray", "no function", "no list", "no storage", "no end"])
 def test_crafted_pickles(saved, program):
     repack(saved)
     assert load_model(saved)[1]["step"] == 7  # repacked alone, it is a checkpoint
