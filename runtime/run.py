@@ -75,6 +75,8 @@ class Run:
 
     def begin(self, resume: bool) -> None:
         """Start, or continue from the state of a run of the same recipe. CheckpointError or TrainingError if it cannot."""
+        # torchrun restarts dead processes without --resume. A state of another launch is not theirs: they may have died
+        # before they set it aside.
         if self.ranks.any(resume or (self.ranks.restarted and self.files.holds_state_of(self.ranks.launch))):
             self._continue()
         elif self.ranks.leads:
@@ -91,9 +93,10 @@ class Run:
                 raise TrainingError(f"{self.files.state} is at step {self.step}, and {self.cfg.epochs} epochs end at step "
                                     f"{self.total_steps}")
             if self.ranks.leads:
+                # A crash may have come between the state and these; and a state that does not fit fails before they change.
                 if self.curve:
                     self.files.save_curve(self.curve, last=False)
-                self.files.save_weights(self.ema, self.step)  # a crash may have come between the state and these
+                self.files.save_weights(self.ema, self.step)
                 print(f"resumed at step {self.step} of {self.total_steps}")
                 if state["threads"] != torch.get_num_threads():
                     print(f"with {torch.get_num_threads()} threads and not {state['threads']}, which add in another order: "

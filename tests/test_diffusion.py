@@ -210,7 +210,7 @@ def test_small_likelihoods_are_as_good_in_float32_on_both_sides():
 
 
 def test_learned_variance_at_the_first_time():
-    """beta_tilde is 0 there; as in the papers' code, the next value takes its place."""
+    """beta_tilde is 0 there; as in iDDPM's code, the next value takes its place."""
     assert torch.equal(D.log_beta_tilde[1:], D.beta_tilde[1:].log()) and D.log_beta_tilde[0] == D.log_beta_tilde[1]
     assert D.respaced(1).log_beta_tilde.item() == pytest.approx(math.log(1 - D.alpha_bar[-1].item()))
 
