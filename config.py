@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 T = 1000  # diffusion steps, DDPM section 4
 MNIST_IMAGES, MNIST_TEST_IMAGES = 60_000, 10_000
 STEPS = {"ddpm": T, "ddim": 50}  # sampling steps, by default
-# Strength of classifier-free guidance, by default: of those tried, the least at which 99.5% of the digits are right.
+# Default strength of classifier-free guidance: the smallest one tried at which 99.5% of the digits are right.
 GUIDANCE = 2.0
 BLOCKS = ("in-context", "cross-attention", "adaLN", "adaLN-Zero")  # in the order of DiT section 3.2
 
@@ -103,7 +103,7 @@ def _require_within(config: object, name: str, least: float, most: float) -> Non
 
 
 def _check_types(config: object) -> None:
-    """Check types and choices of all fields: their values come from files too. A whole number may stand for a float."""
+    """Check types and choices of all fields: their values come from files too. An int may stand for a float."""
     for f in fields(config):
         value, choices = getattr(config, f.name), f.metadata.get("choices")
         _require(choices is None or value in choices, f"{f.name} must be one of {choices}, not {value!r}")

@@ -236,7 +236,7 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor, mean_2: Tensor, log_variance
 
 
 def discretized_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """log probability of the gray level of x_0, one of 256 in [-1, 1], under N(mean, variance) (DDPM eq. 13).
+    """log probability of the grey level of x_0, one of 256 in [-1, 1], under N(mean, variance) (DDPM eq. 13).
 
     The first and last levels include the tails, so the 256 probabilities sum to 1. In nats, elementwise.
     """

@@ -51,7 +51,7 @@ def position_table(hidden_size: int, side: int) -> Tensor:
 class PatchEmbed(nn.Module):
     """One linear map for all patches. (N, C, H, W) -> (N, L, D).
 
-    `proj` is stored as the strided convolution of released checkpoints, and applied as the matrix product that it equals.
+    `proj` is stored as the strided convolution of released checkpoints, and applied as the equivalent matrix product.
     """
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
@@ -166,5 +166,5 @@ class DiT(nn.Module):
             x = torch.cat([x, c], dim=1)  # (N, L + 2, D)
         for block in self.blocks:
             x = block(x, c)
-        x = x[:, :self.pos_embed.shape[1]]  # the image tokens alone again
+        x = x[:, :self.pos_embed.shape[1]]  # the image tokens only
         return unpatchify(self.final_layer(x, c), self.config.patch_size)

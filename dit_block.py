@@ -14,8 +14,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V, the heads side by side. q: (N, heads, L, d); k, v: (N, heads, M, d) -> (N, L, D)."""
-    # Written out to show the formula, where F.scaled_dot_product_attention would hide it.
+    """softmax(Q K^T / sqrt(d)) V, the heads concatenated. q: (N, heads, L, d); k, v: (N, heads, M, d) -> (N, L, D)."""
+    # Written out because F.scaled_dot_product_attention would hide the formula.
     weights = ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1)  # (N, heads, L, M)
     return (weights @ v).transpose(1, 2).flatten(2)
 
@@ -68,8 +68,8 @@ class Mlp(nn.Module):
 class InContextBlock(nn.Module):
     """A standard ViT block (DiT section 3.2, "In-context conditioning"). x: (N, L + 2, D) -> (N, L + 2, D).
 
-    t and y are the last two of the tokens: `DiT.forward` appends them and removes them after the last block. The block
-    itself has no use for c.
+    t and y are the last two tokens: `DiT.forward` appends them, and removes them after the last block. The block itself
+    ignores c.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):

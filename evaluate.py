@@ -26,12 +26,12 @@ from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion
 from dit import DiT
 from inference import add_sampling_options, check_options, generate, load_sampling_model
-from runtime.checkpoint import beside_the_scripts, check_weights, load_checkpoint, save_checkpoint, write_atomically
+from runtime.checkpoint import check_weights, here_or_in_project, load_checkpoint, save_checkpoint, write_atomically
 from runtime.fused import fused
 from runtime.script import check_files, exit_status, run_script
 from runtime.speed import keep_freed_memory
 
-EPOCHS, BATCH_SIZE = 8, 125  # of the classifier; BATCH_SIZE is for sampling and the bound too
+EPOCHS, BATCH_SIZE = 8, 125  # of the classifier; BATCH_SIZE also for sampling and the NLL bound
 
 
 class Classifier(nn.Module):
@@ -48,7 +48,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(128, 10)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the last layer reads. (N, 1, 28, 28) in [-1, 1] -> (N, 128), none negative."""
+        """The input of the last layer. (N, 1, 28, 28) in [-1, 1] -> (N, 128), nonnegative."""
         return self.hidden(self.convolutions(images))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def trained_classifier(file: Path, train_set: Digits, epochs: int = EPOCHS) -> C
 
 @torch.no_grad()
 def in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """function(images) for all (N, 1, 28, 28), 500 at a time, so that 60,000 fit the memory. (N, ...)."""
+    """function(images) for all (N, 1, 28, 28), 500 at a time, so that 60,000 fit in memory. (N, ...)."""
     return torch.cat([function(part) for part in images.split(500)])
 
 
@@ -116,7 +116,7 @@ def fid(real: Tensor, generated: Tensor) -> float:
     return ((m - m_2).square().sum() + C.trace() + C_2.trace() - 2 * roots.sum()).item()
 
 
-def coverage_figures(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
+def coverage_metrics(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
     """Precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) of features (N, D), (M, D).
 
     Each point has a ball that reaches to its k-th nearest neighbour in its own set. Precision: share of generated points in
@@ -137,21 +137,21 @@ def memorised(images: Tensor, training: Tensor) -> float:
     return (near[:, 0] < near[:, 1] / 3).float().mean().item()
 
 
-def distribution_figures(classifier: Classifier, test_images: Tensor, images: Tensor) -> dict[str, float]:
+def distribution_metrics(classifier: Classifier, test_images: Tensor, images: Tensor) -> dict[str, float]:
     """FID, precision, recall, density and coverage of images (N, 1, 28, 28) against the test images."""
     real, generated = (in_batches(classifier.features, some) for some in (test_images, images))
-    return {"FID": fid(real, generated), **coverage_figures(real, generated)}
+    return {"FID": fid(real, generated), **coverage_metrics(real, generated)}
 
 
 def evaluate(images: Tensor, labels: Tensor, classifier: Classifier, train_set: Digits, test_set: Digits) -> dict[str, dict]:
-    """Every figure: name -> {"generated": its value for the images, "real": the same for real images}.
+    """Every metric: name -> {"generated": its value for the images, "real": the same for real images}.
 
-    images: (N, 1, 28, 28) in [-1, 1]; labels: (N,), what was asked for. The real ones are the test images, and where images
-    are compared with these, the first N training images.
+    images: (N, 1, 28, 28) in [-1, 1]; labels: (N,), what was asked for. The real images are the test images; for what
+    compares with the test images, they are the first N training images.
     """
     (training, _), (test_images, test_labels) = train_set[:], test_set[:]
     generated, real = ({"accuracy": accuracy(classifier, seen, wanted),
-                        **distribution_figures(classifier, test_images, compared),
+                        **distribution_metrics(classifier, test_images, compared),
                         "memorised": memorised(seen, training)}
                        for seen, wanted, compared in ((images, labels, images),
                                                       (test_images, test_labels, training[:len(images)])))
@@ -159,7 +159,7 @@ def evaluate(images: Tensor, labels: Tensor, classifier: Classifier, train_set: 
 
 
 def sample_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Tensor]:
-    """n images (n, 1, 28, 28) in [-1, 1], as many of each digit as of any other, and their labels (n,).
+    """n images (n, 1, 28, 28) in [-1, 1], of the digits 0 to 9 in turn, and their labels (n,).
 
     settings: those of `generate`. Each batch has a seed of its own, so that no two share their noise, whatever `seed`.
     """
@@ -172,14 +172,14 @@ def sample_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def nll_bound(model: DiT, digits: Digits, seed: int = 0) -> float:
-    """Upper bound on -log p(x_0 | y) (DDPM eq. 5), a mean over `digits` in bits/dim: the prior's term and those of all t."""
+    """Upper bound on -log p(x_0 | y) (DDPM eq. 5) in bits/dim, mean over `digits`: the prior term plus those of all t."""
     diffusion, network = GaussianDiffusion(), fused(model, frozen=True)
     generator = torch.Generator(digits.images.device).manual_seed(seed)
-    kept = diffusion.alpha_bar[-1].item()  # the signal in x_T
+    alpha_bar_T = diffusion.alpha_bar[-1].item()
     total = 0.0
     for start in tqdm(range(0, len(digits), BATCH_SIZE), desc="NLL bound", unit="batch"):
         x_0, y = digits[start:start + BATCH_SIZE]
-        prior = 0.5 * (kept * x_0.square() - kept - math.log(1 - kept))  # KL(q(x_T | x_0) || N(0, 1)), in nats
+        prior = 0.5 * (alpha_bar_T * (x_0.square() - 1) - math.log(1 - alpha_bar_T))  # KL(q(x_T | x_0) || N(0, 1)), in nats
         terms = prior.flatten(1).mean(dim=1) / math.log(2)  # (N,)
         for time in range(T):
             t = torch.full_like(y, time)
@@ -192,7 +192,7 @@ def nll_bound(model: DiT, digits: Digits, seed: int = 0) -> float:
 
 def measure(args: argparse.Namespace) -> None:
     """What the command line asks for. CheckpointError, DataError or OSError with a one-sentence message."""
-    data_dir = beside_the_scripts(args.data_dir)
+    data_dir = here_or_in_project(args.data_dir)
     check_files([args.json], [data_dir / "classifier.pth", *data_dir.glob("MNIST/raw/*")])
     model = load_sampling_model(args)
     train_set, test_set = (load_mnist(train, data_dir, args.device) for train in (True, False))
@@ -203,7 +203,7 @@ def measure(args: argparse.Namespace) -> None:
     if args.bpd:
         some = load_mnist(False, data_dir, args.device, args.bpd, model.config.image_size)
         results["NLL bound, bits/dim"] = {"real": nll_bound(model, some, args.seed)}
-    source = f"{args.checkpoint}: {args.n:,} images, {args.described}; real ones of {data_dir}"
+    source = f"{args.checkpoint}: {args.n:,} images, {args.described}; real ones from {data_dir}"
     if args.json:
         write_atomically(args.json, lambda path: path.write_text(json.dumps({"source": source, **results}, indent=1)))
     print(source)
@@ -218,8 +218,8 @@ def main(argv: list[str] | None = None) -> int:
     add_sampling_options(parser)
     add("--data-dir", type=Path, default=Path("mnist"), help="directory with MNIST/raw/ and the classifier (default: mnist)")
     add("--bpd", type=int, nargs="?", const=MNIST_TEST_IMAGES, default=0, metavar="N",
-        help="measure the NLL bound of N test images too, by default of all: 1000 evaluations each, without guidance")
-    add("--json", type=Path, metavar="FILE", help="write the figures there too")
+        help="also measure the NLL bound of N test images (no N: all of them): 1000 evaluations each, without guidance")
+    add("--json", type=Path, metavar="FILE", help="also write the results there")
     args = parser.parse_args(argv)
     check_options(parser, args, [args.json], n=(100, 20_000), bpd=(0, MNIST_TEST_IMAGES))
     keep_freed_memory()

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from config import GUIDANCE, STEPS, T
 from diffusion import GaussianDiffusion, guided
 from dit import DiT
-from runtime.checkpoint import CheckpointError, beside_the_scripts, load_model
+from runtime.checkpoint import CheckpointError, here_or_in_project, load_model
 from runtime.fused import fused
 from runtime.pictures import denser_at_the_end, fits, save_animation, save_picture, show
 from runtime.script import check_files, exit_status, pick_device, run_script
@@ -42,26 +42,26 @@ def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm
     if sampler not in STEPS:
         raise ValueError(f"sampler must be one of {', '.join(STEPS)}, not {sampler!r}")
     if eta and sampler != "ddim":
-        raise ValueError("eta goes with the sampler ddim")
+        raise ValueError("eta needs the sampler ddim")
     config, device, dtype = model.config, model.pos_embed.device, model.pos_embed.dtype
     y = as_labels(labels, config.num_classes).to(device)
     diffusion, generator = GaussianDiffusion(), torch.Generator(device).manual_seed(seed)
     sample = diffusion.ddpm_sample if sampler == "ddpm" else partial(diffusion.ddim_sample, eta=eta)
     network = guided(fused(model, frozen=True), guidance, null_class=config.num_classes)
     shape = (len(y), config.in_channels, config.image_size, config.image_size)
-    x_T = torch.randn(shape, generator=generator, device=device, dtype=dtype)  # here, in the network's dtype
+    x_T = torch.randn(shape, generator=generator, device=device, dtype=dtype)  # not in `_sample`: the network's dtype
     steps = STEPS[sampler] if steps is None else steps
     return sample(network, shape, y, steps=steps, generator=generator, x_T=x_T, on_step=on_step)
 
 
 def as_labels(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
-    """(N,) int64. ValueError unless they are whole numbers in [0, num_classes]."""
+    """(N,) int64. ValueError unless they are integers in [0, num_classes]."""
     with suppress(TypeError, ValueError, RuntimeError):
         y = torch.as_tensor(labels, device="cpu")
         torch.iinfo(y.dtype)  # an error for floats and bools
         if y.ndim == 1 and len(y) and set(y.tolist()) <= set(range(num_classes + 1)):
             return y.long()
-    raise ValueError(f"labels must be whole numbers in [0, {num_classes}], one per image")
+    raise ValueError(f"labels must be integers in [0, {num_classes}], one per image")
 
 
 def sample_pictures(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -106,7 +106,7 @@ def load_sampling_model(args: argparse.Namespace) -> DiT:
     model, info = load_model(args.checkpoint, args.device)
     config = model.config
     if (config.in_channels, config.num_classes) != (1, 10) or config.image_size < 28 or config.image_size % 2:
-        raise CheckpointError(f"{args.checkpoint} is of a network for other images than MNIST's")
+        raise CheckpointError(f"{args.checkpoint} is not of a network for MNIST images")
     if config.class_dropout_prob == 0 and args.guidance != 1:
         raise CheckpointError(f"{args.checkpoint} was trained without a null class: use --guidance 1")
     print(f"{args.checkpoint}: EMA model after {info['step']:,} training steps, on {args.device}")
@@ -127,7 +127,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, outputs: Sequence[Path | None],
                   **ranges: tuple[float, float]) -> None:
-    """Exit with an error message if an option or a file cannot be used. Completes the arguments."""
+    """Exit with an error message if an option or a file cannot be used. Fills in the defaults."""
     if [] in vars(args).values():
         parser.error("an option lacks its value")  # before Python 3.13, argparse reads --steps=-- as an empty list
     args.steps = STEPS[args.sampler] if args.steps is None else args.steps
@@ -136,10 +136,10 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, out
         if not least <= getattr(args, name) <= most:
             parser.error(f"argument --{name.replace('_', '-')}: must lie in [{least}, {most}], not {getattr(args, name)}")
     if args.eta and args.sampler != "ddim":
-        parser.error("argument --eta: goes with --sampler ddim")
+        parser.error("argument --eta: needs --sampler ddim")
     sampler = args.sampler if args.sampler == "ddpm" else f"{args.sampler}, eta {args.eta:g}"
     args.described = f"{sampler}, {args.steps} steps, guidance {args.guidance:g}, seed {args.seed}"
-    args.checkpoint = beside_the_scripts(args.checkpoint)
+    args.checkpoint = here_or_in_project(args.checkpoint)
     try:
         check_files(outputs, [args.checkpoint])
         args.device = pick_device(args.device)
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--digits", type=int, nargs="+", choices=range(10), metavar="D", default=range(10), help="default: 0 to 9")
     add("--per-digit", type=int, default=1, metavar="N", help="images of each digit (default: %(default)s)")
     add("--columns", type=int, default=11, metavar="N",
-        help="times to show; 1: only final digits, a row of --per-digit each (default: %(default)s)")
+        help="times to show; 1: only the final digits, --per-digit in a row (default: %(default)s)")
     add_sampling_options(parser)
     add("--output", type=Path, default=Path("inference.png"), help="the picture (default: %(default)s)")
     add("--gif", type=Path, metavar="FILE", help="write an animation of the denoising too")

@@ -26,7 +26,7 @@ from config import FAMILY, GUIDANCE, PAPER, ModelConfig, TrainConfig
 from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion, guided
 from dit import DiT
-from runtime.checkpoint import beside_the_scripts
+from runtime.checkpoint import here_or_in_project
 from runtime.distributed import Ranks, joined_ranks
 from runtime.run import Run, RunFiles
 from runtime.script import TrainingError, exit_status, pick_device, run_script
@@ -96,7 +96,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
         raise TrainingError(f"a batch of {cfg.batch_size} cannot be shared evenly by {ranks.size} processes")
     keep_freed_memory()
     device = pick_device(cfg.device)
-    data_dir = beside_the_scripts(cfg.data_dir)
+    data_dir = here_or_in_project(cfg.data_dir)
     if data_dir != Path(cfg.data_dir) and ranks.leads:
         print(f"there is no {cfg.data_dir} here: training on {data_dir}")
     train_set, test_set = (load_mnist(split, data_dir, device, cfg.limit, cfg.model.image_size) for split in (True, False))
@@ -133,7 +133,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """An option for each field of the two configs that has a help text, its default and type the field's.
+    """One option per field of the two configs that has a help text, with the field's default and type.
 
     --model is left out of the result unless it is given: it is not a field, but sets the defaults of others.
     """

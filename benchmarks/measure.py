@@ -22,7 +22,7 @@ def arithmetic(call: Callable[[], object]) -> int:
 
 
 def seconds(device: torch.device, call: Callable[[], object], repeats: int) -> float:
-    """The time of one of `repeats` calls in a row."""
+    """The mean time per call, over `repeats` calls in a row."""
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -56,6 +56,6 @@ def medians(device: torch.device, calls: dict[str, Callable[[], object]], rounds
 
 
 def about(device: torch.device) -> str:
-    """What was measured on."""
+    """The software and hardware of the measurement."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {name}"

@@ -2,7 +2,7 @@
 
     python -m experiments.figures
 
-A picture of which no row is there yet is left out, with one line that says so.
+A picture that has no rows yet is left out, with one line that says so.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PATCHES = (7, 4, 2)
 COLORS = dict(zip((*BLOCKS, *SIZES), ("C7", "C1", "C2", "C0", "C0", "C1", "C2", "C3"), strict=True))
 MARKERS = dict(zip(PATCHES, "s^o", strict=True))
 LINES = dict(zip(PATCHES, (":", "--", "-"), strict=True))
-LABELS = {7: (16, 0), 4: (-16, 0), 2: (16, 0)}  # of points, so that models of equal compute do not share a place
+LABELS = {7: (16, 0), 4: (-16, 0), 2: (16, 0)}  # offsets, so that labels of models with equal compute do not overlap
 IMPOSSIBLE = "S/7"  # 32 values of a token cannot hold the 49 noise values of its patch
 
 

@@ -27,7 +27,7 @@ import train
 from config import TrainConfig
 from dataset import load_mnist
 from dit import DiT
-from evaluate import Classifier, accuracy, distribution_figures, sample_images, trained_classifier
+from evaluate import Classifier, accuracy, distribution_metrics, sample_images, trained_classifier
 from experiments import study
 from experiments.study import COLUMNS, REAL, STEPS, TABLE, Network, Setting
 from inference import generate
@@ -55,7 +55,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[bool]:
 class Worker:
     """Completes a study, side by side with other workers.
 
-    recipe: for every network; its limit, data_dir and device count too; folder: for the state of the runs; table: the CSV,
+    recipe: for every network; its limit, data_dir and device apply too; folder: for the state of the runs; table: the CSV,
     with samples/ next to it; classifier: the one of evaluate.py by default, which takes minutes to train at first.
     """
 
@@ -75,7 +75,7 @@ class Worker:
             with locked(self.folder / f"real-{n}.lock", wait=True):
                 if not any((row["run"], row["n"]) == (REAL, n) for row in study.read(self.table)):
                     # As in evaluate.py: training images, except where the classifier would find what it was trained on.
-                    self.append({"run": REAL, "n": n} | self.figures(self.train_set[:n][0], *self.test_set[:]))
+                    self.append({"run": REAL, "n": n} | self.metrics(self.train_set[:n][0], *self.test_set[:]))
         failed = []
         for network, settings in entries:
             with locked(self.folder / f"{network.name}.lock") as ours:
@@ -108,17 +108,17 @@ class Worker:
                                            guidance=setting.guidance)
             self.append({"run": network.name, "step": last["step"], "test_loss": last["test_loss"],
                          "train_seconds": last["seconds"]} | vars(network) | vars(setting) | study.cost(cfg.model)
-                        | self.figures(images, images, labels))
+                        | self.metrics(images, images, labels))
 
-    def figures(self, images: Tensor, classified: Tensor, labels: Tensor) -> dict[str, float]:
-        """How `images` compare with the test images, and which share of those classified are what their labels say."""
+    def metrics(self, images: Tensor, classified: Tensor, labels: Tensor) -> dict[str, float]:
+        """How `images` compare with the test images, and the accuracy of `classified` with respect to `labels`."""
         return {"accuracy": accuracy(self.classifier, classified, labels),
-                **distribution_figures(self.classifier, self.test_set[:][0], images)}
+                **distribution_metrics(self.classifier, self.test_set[:][0], images)}
 
     def append(self, row: dict) -> None:
         with locked(self.table, wait=True), self.table.open("a") as file:
             header = "" if file.tell() else ",".join(COLUMNS) + "\n"
-            file.write(header + study.line(row))  # one call of the system: whole or absent
+            file.write(header + study.line(row))  # one system call: whole or absent
 
     def save_strip(self, network: Network, ema: DiT) -> None:
         """Ten digits side by side, from the same noise for every network, for Figure 7."""

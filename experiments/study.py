@@ -20,9 +20,9 @@ CHANGES = {"muon": {}, "muon-0.002": {"lr": 0.002}, "muon-0.008": {"lr": 0.008},
 EPOCHS = (1, 2, 3, 5, 8, 11)  # of 937 steps, after which a network is measured: 10,307 steps in all
 CURVE_IMAGES, FINAL_IMAGES = 2_000, 10_000  # for a point of a curve, and at the end
 STEPS = 50  # of DDIM, which all images are sampled with
-SAMPLING_STEPS = (10, 20, 50, 100, 250, 1000)  # Figure 10, as far as an image needs no more multiply-adds than this:
-MOST_PER_IMAGE = 45e9
-STRENGTHS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)  # of guidance, for these two:
+SAMPLING_STEPS = (10, 20, 50, 100, 250, 1000)  # Figure 10, up to MAX_PER_IMAGE
+MAX_PER_IMAGE = 45e9  # multiply-adds
+STRENGTHS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)  # of guidance, for the models in GUIDED
 GUIDED = ("B/4", "XL/4")
 SIZES = ("S", "B", "L", "XL")
 Rows = list[dict]
@@ -82,7 +82,7 @@ def everything() -> Entries:
 
     def sampling(model: str) -> list[Setting]:
         return [Setting(sampling_steps=steps) for steps in SAMPLING_STEPS
-                if steps * cost(FAMILY[model])["multiply_adds"] <= MOST_PER_IMAGE]
+                if steps * cost(FAMILY[model])["multiply_adds"] <= MAX_PER_IMAGE]
 
     return [*((network, curve[2:3]) for network in rates("B/4", "in-context")),  # is one learning rate good for all?
             *((Network(block=block), curve) for block in BLOCKS),  # Figure 5
@@ -122,13 +122,13 @@ def line(row: dict) -> str:
 
 
 def missing(network: Network, settings: Sequence[Setting], rows: Rows) -> list[Setting]:
-    """The settings of which there is no row."""
+    """The settings that have no row yet."""
     done = {Setting(*(row[name] for name in vars(Setting()))) for row in rows if row["run"] == network.name}
     return [setting for setting in settings if setting not in done]
 
 
 def select(rows: Rows, **wanted) -> Rows:
-    """The rows with these values; one recipe, block, sampler and end for all, unless the keywords say otherwise."""
+    """The rows with these values; by default muon, adaLN-Zero, unguided, at the end of training. None: any value."""
     wanted = {"recipe": "muon", "block": "adaLN-Zero", "sampling_steps": STEPS, "guidance": 1.0, "n": CURVE_IMAGES,
               "epoch": EPOCHS[-1]} | wanted
     return [row for row in rows if all(value is None or row[name] == value for name, value in wanted.items())]

@@ -12,7 +12,7 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def spread(values: list[float], form: str) -> str:
-    """The mean, and from the least to the greatest where there are several."""
+    """The mean, with the range if there are several values."""
     mean = format(statistics.mean(values), form)
     return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 
@@ -34,7 +34,7 @@ def final_table(rows: Rows) -> str:
 
 
 def guidance_table(rows: Rows) -> str:
-    """As the paper's Tables 2 and 3."""
+    """Like the paper's Tables 2 and 3."""
     mine = [row for row in select(rows, guidance=None, seed=0) if row["model"] in GUIDED]
     mine += [row for row in rows if (row["run"], row["n"]) == (REAL, CURVE_IMAGES)]
     lines = [[row["model"] or REAL, "" if row["guidance"] is None else f"{row['guidance']:g}", f"{row['FID']:.2f}",

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import ModelConfig
 from dit import DiT
 
 PROJECT = Path(__file__).resolve().parent.parent
-FORMAT = 1  # raised when the entries of a file change, so that older code can say what is wrong
+FORMAT = 1  # incremented when the entries of a file change, so that older code can say what is wrong
 WEIGHTS = {"model_config": dict, "ema": dict, "step": int, "recipe": dict}  # the entries of model.pth
-MOST_BYTES = 2**34  # of a file that is read
+MAX_BYTES = 2**34  # of a file that is read
 KINDS = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
          *(f"torch {kind}Storage" for kind in KINDS)}  # what the pickle in a file may refer to
@@ -34,8 +34,8 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be used; the message is one sentence."""
 
 
-def beside_the_scripts(path: str | Path) -> Path:
-    """`path`; or, where there is none in the current directory, the one of that name in this project's directory."""
+def here_or_in_project(path: str | Path) -> Path:
+    """`path`; or, if only that exists, the same path in this project's directory."""
     return Path(path) if os.path.exists(path) or not os.path.exists(PROJECT / path) else PROJECT / path
 
 
@@ -56,7 +56,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         _sync(temporary, os.O_RDWR)  # Windows syncs no file that is open for reading only
         os.replace(temporary, file)
     except OSError as error:
-        raise OSError(f"{path} could not be written ({error.strerror or error}); it is as it was before") from error
+        raise OSError(f"{path} could not be written ({error.strerror or error}); it is unchanged") from error
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":
@@ -89,7 +89,7 @@ def check_writable(path: str | Path) -> None:
     if os.path.exists(file) and not os.path.isfile(file):
         raise OSError(f"{path} is a directory or a device, not a file")
     if not os.path.isdir(file.parent):
-        raise OSError(f"{path} cannot be written: there is no folder {file.parent}")
+        raise OSError(f"{path} cannot be written: there is no directory {file.parent}")
     try:
         temporary = _temporary(file)
         temporary.touch()
@@ -99,7 +99,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def save_checkpoint(path: str | Path, content: dict) -> None:
-    """Write a dict of tensors and plain values, nested at will, with a checksum. Atomic; OSError if it fails."""
+    """Write a dict of tensors and plain values, arbitrarily nested, with a checksum. Atomic; OSError if it fails."""
     content = {"format": FORMAT, **content}
     buffer = io.BytesIO()  # written by Python and not by torch, because Python says why a disk refuses
     torch.save({**content, "sha256": checksum(content)}, buffer)
@@ -107,7 +107,7 @@ def save_checkpoint(path: str | Path, content: dict) -> None:
 
 
 def load_checkpoint(path: str | Path, entries: dict[str, type]) -> dict:
-    """Read what `save_checkpoint` wrote, on the CPU. Nothing in the file is run, and its checksum is compared.
+    """Read what `save_checkpoint` wrote, on the CPU. Nothing in the file is run, and its checksum is verified.
 
     CheckpointError if the file is missing, damaged, of another kind, or lacks one of `entries` (name: type). A hostile
     file costs time and memory in proportion to its size, and no more.
@@ -117,7 +117,7 @@ def load_checkpoint(path: str | Path, entries: dict[str, type]) -> dict:
         if path.exists() and not path.is_file():  # opening a pipe would wait for someone to write into it
             raise CheckpointError(f"{path} is a {'directory' if path.is_dir() else 'pipe or a device'}, not a file")
         size = path.stat().st_size
-        if size > MOST_BYTES:
+        if size > MAX_BYTES:
             raise CheckpointError(f"{path} is too large for a checkpoint ({size / 2**30:.0f} GiB)")
         with path.open("rb") as file:
             if kind := _other_kind(file):
@@ -147,7 +147,7 @@ def load_checkpoint(path: str | Path, entries: dict[str, type]) -> dict:
 
 
 def _other_kind(file: BinaryIO) -> str:
-    """The name of a known other format, with a remedy; "" for anything else."""
+    """What the file is, if it is of another known format; "" for anything else."""
     start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, whose file `git lfs pull` fetches"
@@ -155,14 +155,14 @@ def _other_kind(file: BinaryIO) -> str:
         return "a safetensors file"
     if start.startswith(b"\x80"):
         return "a bare pickle, as torch wrote before version 1.6"
-    return "an .npz file of NumPy" if start.startswith(b"PK") and b".npy" in start else ""
+    return "a NumPy .npz file" if start.startswith(b"PK") and b".npy" in start else ""
 
 
 def check_archive(file: BinaryIO, size: int) -> None:
     """ValueError or UnpicklingError unless a file of `size` bytes is as torch.save writes tensors and plain values.
 
-    torch.load(weights_only=True) runs no foreign code either. But it expands what is compressed, and it calls functions
-    such as bytearray, which take memory at will.
+    torch.load(weights_only=True) runs no foreign code either. But it decompresses entries, and it calls functions such as
+    bytearray, which can allocate any amount of memory.
     """
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -171,13 +171,13 @@ def check_archive(file: BinaryIO, size: int) -> None:
         if sum(entry.file_size for entry in entries) > size or len(set(archive.namelist())) < len(entries):
             raise ValueError("its entries overlap")
         [pickled] = (archive.read(entry) for entry in entries if entry.filename.endswith("data.pkl"))
-    tuples = 20_000 + 4 * len(entries)  # a tensor takes four; 200,000 in each other, as a dict's key, crash Python itself
+    tuples = 20_000 + 4 * len(entries)  # a tensor takes four; nested 200,000 deep, as a dict's key, they crash Python
     for instruction, value, _ in pickletools.genops(pickled):
         tuples -= instruction.name.startswith("TUPLE")
         if tuples < 0:
             raise ValueError("it holds too many tuples")
         if instruction.name == "GLOBAL" and value not in NAMES:
-            raise pickle.UnpicklingError("it holds something other than tensors and plain values; nothing of it was run")
+            raise pickle.UnpicklingError("it holds something other than tensors and plain values; none of it was run")
 
 
 def checksum(content: object, most: float = math.inf) -> str:
@@ -197,7 +197,7 @@ def checksum(content: object, most: float = math.inf) -> str:
     def add(value: object) -> None:
         if isinstance(value, Tensor):
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # with a stride of 0
-                raise ValueError("a tensor has more values than are stored of it")
+                raise ValueError("a tensor has more values than its storage holds")
             update(f"{value.dtype} {tuple(value.shape)};".encode())
             update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         elif isinstance(value, dict):
@@ -242,7 +242,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Di
     return model.to(device).eval().requires_grad_(False), info
 
 
-def check_weights(path: str | Path, weights: dict, model: DiT) -> None:
+def check_weights(path: str | Path, weights: dict, model: nn.Module) -> None:
     """CheckpointError unless names, shapes and types are the network's, and all values finite."""
     expected = model.state_dict()
     if weights.keys() != expected.keys():

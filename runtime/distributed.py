@@ -58,14 +58,14 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     device: this process's own.
     """
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # each machine counts its own
-    launch = os.environ.get("TORCHELASTIC_RUN_ID", "")  # with --standalone another one every time
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "")  # with --standalone a new one every time
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks(launch=launch, restarted=restarts > 0)
         return
     store, rank, size = next(distributed.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         # torchrun keeps one store over restarts: without a name of its own, a new process finds the addresses of dead ones.
-        # On several machines the counts differ; there, README's command makes torchrun take a new store each time.
+        # On several machines the counts differ; there, the command in docs/faq.md makes torchrun open a new store each time.
         store = distributed.PrefixStore(f"start {restarts}", store)
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of the patch weights, which `PatchEmbed` permutes
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -73,7 +73,7 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        alone = Ranks(rank, size, launch)
-        yield replace(alone, restarted=alone.any(restarts > 0))
+        ranks = Ranks(rank, size, launch)
+        yield replace(ranks, restarted=ranks.any(restarts > 0))
     finally:
         distributed.destroy_process_group()

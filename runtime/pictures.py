@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 GAP, ZOOM = 2, 2  # pixels between two images; screen pixels per pixel
 DPI = 128  # a power of two: pixels / DPI * DPI is exact, so that no row or column of pixels is lost
-LARGEST_SIDE, LARGEST_AREA = 65_000, 2**27  # pixels: JPEG's limit is 65,500, GIF's a bit higher; memory
+MAX_SIDE, MAX_AREA = 65_000, 2**27  # pixels: JPEG's limit is 65,500, GIF's a bit higher; memory
 
 
 def save_picture(path: Path, make: Callable[[], "Figure"]) -> None:
-    """Make a figure and write it, with matplotlib's own defaults in place of the user's. Atomic; OSError if it fails."""
+    """Make a figure and write it, with matplotlib's own defaults instead of the user's. Atomic; OSError if it fails."""
     try:
         import matplotlib.style
     except ValueError as error:  # MPLBACKEND, or a matplotlibrc that cannot be read
@@ -37,13 +37,13 @@ def save_picture(path: Path, make: Callable[[], "Figure"]) -> None:
 
 
 def fits(rows: int, columns: int, side: int) -> bool:
-    """Whether a grid of so many images, side x side pixels, can be written in every format."""
+    """Whether a grid of rows x columns images, side x side pixels each, can be written in every format."""
     height, width = ((side + GAP) * ZOOM * count for count in (rows, columns))
-    return max(height, width) <= LARGEST_SIDE and height * width <= LARGEST_AREA
+    return max(height, width) <= MAX_SIDE and height * width <= MAX_AREA
 
 
 def denser_at_the_end(values: list[int], count: int) -> list[int]:
-    """`count` of the values, or all if there are fewer: the first, the last, and more and more on the way to it.
+    """`count` of the values, or all if there are fewer, from first to last, denser towards the last; for 1, the last.
 
     Counted from the last, they are those at n (i / (count - 1))^1.75, of n + 1 values.
     """

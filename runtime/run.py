@@ -80,7 +80,7 @@ class Run:
         if self.ranks.any(resume or (self.ranks.restarted and self.files.holds_state_of(self.ranks.launch))):
             self._continue()
         elif self.ranks.leads:
-            self.files.keep_another_runs()
+            self.files.keep_other_run()
         self.bar = self.exit.enter_context(tqdm(
             initial=self.step * self.cfg.batch_size, total=self.total_steps * self.cfg.batch_size, unit="img",
             unit_scale=True, mininterval=0.5, smoothing=0.05, disable=not self.ranks.leads))
@@ -93,14 +93,16 @@ class Run:
                 raise TrainingError(f"{self.files.state} is at step {self.step}, and {self.cfg.epochs} epochs end at step "
                                     f"{self.total_steps}")
             if self.ranks.leads:
-                # A crash may have come between the state and these; and a state that does not fit fails before they change.
+                # After a crash, these may be older than the state. A state that does not fit fails before they change.
                 if self.curve:
                     self.files.save_curve(self.curve, last=False)
                 self.files.save_weights(self.ema, self.step)
                 print(f"resumed at step {self.step} of {self.total_steps}")
+                if (before := state["recipe"].get("epochs")) != self.cfg.epochs and self.cfg.lr_schedule == "cosine":
+                    print(f"{self.cfg.epochs} epochs instead of {before} have another cosine: the learning rate jumps")
                 if state["threads"] != torch.get_num_threads():
-                    print(f"with {torch.get_num_threads()} threads and not {state['threads']}, which add in another order: "
-                          "the last bits may differ")
+                    print(f"with {torch.get_num_threads()} threads instead of {state['threads']}: sums are taken in another "
+                          "order, so the last bits may differ")
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.files.state} does not fit this run: {printable(error)}") from error
 
@@ -132,7 +134,7 @@ class Run:
             yield epoch
 
     def batches(self, data: Digits) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches (x_0, y) of the current epoch that are still to come, in the order drawn for it."""
+        """The remaining batches (x_0, y) of the current epoch, in the order drawn for it."""
         self.order_at_epoch = self.order.get_state()
         for index in islice(data.batches(self.cfg.batch_size, self.order), self._steps_of_epoch(), None):
             yield data[index]
@@ -157,7 +159,7 @@ class Run:
                           self.signal or signal.SIGTERM)
 
     def end_epoch(self, test_loss: float) -> None:
-        """A row of loss.csv, and the pictures."""
+        """Add a row to loss.csv, and update loss.png."""
         self.curve.append({"epoch": len(self.curve) + 1, "step": self.step, "test_loss": test_loss,
                            "train_loss": self._finite(self.loss_sum) / self.steps_per_epoch,
                            "seconds": time.monotonic() - self.started})
@@ -176,8 +178,8 @@ class Run:
         """The value of a loss, or of a sum that holds one; TrainingError, in every process, if it is not a finite number."""
         value = loss.item()
         if not math.isfinite(value):
-            raise TrainingError(f"the loss or a weight is {value} at step {self.step}; {self.cfg.checkpoint} is as it was "
-                                f"saved before. Try a learning rate below {self.cfg.lr:g}")
+            raise TrainingError(f"the loss or a weight is {value} at step {self.step}; {self.cfg.checkpoint} is left as "
+                                f"last saved. Try a learning rate below {self.cfg.lr:g}")
         return value
 
 
@@ -247,8 +249,8 @@ class RunFiles:
                 tqdm.write(f"{path} could not be drawn, and training continues: {error}")
             self.pictures_failed = True
 
-    def keep_another_runs(self) -> None:
-        """Give another run's files the names that --checkpoint model.old-1.pth, or -2, ..., has: it can continue there."""
+    def keep_other_run(self) -> None:
+        """Keep another run's files under the names of --checkpoint model.old-1.pth, or -2, ..., where it can be resumed."""
         if not any(path.exists() for path in self.all):
             return
         choices = (_names(self.weights.with_stem(f"{self.weights.stem}.old-{number}")) for number in count(1))

@@ -15,7 +15,7 @@ from runtime.checkpoint import CheckpointError, check_writable
 
 try:
     import fcntl
-except ModuleNotFoundError:  # Windows; two runs with one checkpoint are not noticed there
+except ModuleNotFoundError:  # Windows, where two runs with one checkpoint are not detected
     fcntl = None
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as CUDA, the CPU and Windows say it
@@ -34,7 +34,7 @@ class Stopped(Exception):
 
 
 class Stream:
-    """A text stream that drops what it cannot write: a closed pipe or a full disk stops no work."""
+    """A text stream that drops what it cannot write: a closed pipe or a full disk does not stop the work."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -110,7 +110,7 @@ def check_files(outputs: Iterable[Path | None], inputs: Iterable[Path | None] = 
         for other in known:
             linked = path.exists() and other.exists() and path.samefile(other)
             if linked or os.path.realpath(path) == os.path.realpath(other):
-                raise OSError(f"{path} and {other} are one file: choose another place")
+                raise OSError(f"{path} and {other} are the same file: choose another path")
         check_writable(path)
         known.append(path)
 

@@ -38,7 +38,7 @@ def compiled(model: DiT, batch_size: int) -> nn.Module:
     x_t = torch.zeros(batch_size, config.in_channels, config.image_size, config.image_size, device=device)
     t = y = torch.zeros(batch_size, dtype=torch.long, device=device)
     if model.training:  # not a second time for the EMA model
-        tqdm.write("compiling the network; --no-compile leaves this out")
+        tqdm.write("compiling the network; --no-compile skips this")
     # On a GPU, CUDA graphs: the kernels of so small a network take less time than Python needs to start them.
     network = torch.compile(model, dynamic=False, mode="reduce-overhead" if x_t.is_cuda else "default")
     try:
@@ -49,7 +49,7 @@ def compiled(model: DiT, batch_size: int) -> nn.Module:
         return network
     except Exception as error:  # a compiler fails in as many ways as there are machines; the plain network never does
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        tqdm.write(f"continues without compilation, which is slower: {reason}")
+        tqdm.write(f"continuing without compilation, which is slower: {reason}")
         return model
     finally:
         model.zero_grad()

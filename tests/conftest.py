@@ -25,7 +25,7 @@ train.load_mnist = functools.cache(train.load_mnist)  # which takes longer than 
 
 @pytest.fixture
 def small_config() -> ModelConfig:
-    """A network of odd proportions: no two of its sizes are equal by chance."""
+    """A small network, none of whose sizes is the MNIST model's."""
     return ModelConfig(image_size=12, patch_size=3, in_channels=2, hidden_size=24, depth=2, num_heads=3, mlp_ratio=2.0,
                        num_classes=5)
 
@@ -62,7 +62,7 @@ def call(capfd):
 
 @pytest.fixture
 def refused(call):
-    """refused(main, status, words, *arguments): the call ends so, with one sentence that holds the words."""
+    """refused(main, status, words, *arguments): the call exits with that status and one sentence with these words."""
 
     def check(main, status, words, *arguments):
         ended, _, err = call(main, *arguments)

@@ -82,12 +82,12 @@ def failing(error: BaseException):
 def test_a_failure_while_writing_leaves_the_last_good_file(saved, open_network, monkeypatch, function, error):
     before = content(saved.parent)
     monkeypatch.setattr(function, failing(error))
-    with pytest.raises((OSError, KeyboardInterrupt), match=r"^$|model\.pth could not be written .*; it is as it was"):
+    with pytest.raises((OSError, KeyboardInterrupt), match=r"^$|model\.pth could not be written .*; it is unchanged"):
         save_checkpoint(saved, weights_of(open_network, 8, {}))
     assert content(saved.parent) == before
 
 
-def test_a_folder_that_cannot_be_synced_is_said_truly(saved, open_network, monkeypatch):
+def test_a_directory_that_cannot_be_synced_is_reported_truthfully(saved, open_network, monkeypatch):
     """The file is new by then, and the sentence says so."""
     functions = iter([os.fsync, failing(OSError(errno.EIO, "I/O error"))])
     monkeypatch.setattr(os, "fsync", lambda descriptor: next(functions)(descriptor))
@@ -96,10 +96,10 @@ def test_a_folder_that_cannot_be_synced_is_said_truly(saved, open_network, monke
     assert load_model(saved)[1]["step"] == 8
 
 
-def test_what_cannot_be_written_is_said_before_work_starts(tmp_path):
-    for path, words in ((tmp_path, "is a directory or a device"), (tmp_path / "nowhere" / "model.pth", "there is no folder"),
-                        (tmp_path / ("a" * 245 + ".png"), "File name too long"),
-                        ("/dev/null", "is a directory or a device")):
+def test_what_cannot_be_written_is_reported_before_work_starts(tmp_path):
+    for path, words in ((tmp_path, "is a directory or a device"), ("/dev/null", "is a directory or a device"),
+                        (tmp_path / "nowhere" / "model.pth", "there is no directory"),
+                        (tmp_path / ("a" * 245 + ".png"), "File name too long")):
         with pytest.raises(OSError, match=words):
             check_writable(path)
     check_writable(tmp_path / "model.pth")
@@ -135,7 +135,7 @@ def make_sparse(path):
     (make_sparse, r"is too large for a checkpoint \(40 GiB\)"),
     (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "is a Git LFS pointer"),
     (lambda path: path.write_bytes(struct.pack("<Q", 2) + b"{}"), "is a safetensors file"),
-    (lambda path: zipfile.ZipFile(path, "w").writestr("x.npy", b""), "is an .npz file of NumPy"),
+    (lambda path: zipfile.ZipFile(path, "w").writestr("x.npy", b""), "is a NumPy .npz file"),
     (lambda path: torch.save({}, path, _use_new_zipfile_serialization=False), "is a bare pickle"),
     (lambda path: path.write_text("not a checkpoint"), "is damaged or not a checkpoint .*not a zip file"),
     (lambda path: path.write_bytes(b""), "is damaged or not a checkpoint"),
@@ -162,7 +162,7 @@ class Hostile:
 def test_a_hostile_pickle_is_not_run(tmp_path):
     path, mark = tmp_path / "hostile.pth", tmp_path / "mark"
     torch.save({"format": 1, "ema": Hostile(mark)}, path)
-    refuse(path, "is damaged or not a checkpoint .*nothing of it was run")
+    refuse(path, "is damaged or not a checkpoint .*none of it was run")
     assert not mark.exists()
     torch.load(path, weights_only=False)
     assert mark.exists()  # the test would notice: run, it leaves a mark
@@ -234,7 +234,7 @@ def test_text_from_a_file_is_safe_on_a_terminal(saved):
     refuse(saved, r"does not build: .*\\x1b\[2J")
 
 
-def test_another_format_is_said(saved, monkeypatch):
+def test_another_format_is_reported(saved, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "FORMAT", 2)
         rewrite(saved)

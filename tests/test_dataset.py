@@ -1,4 +1,4 @@
-"""The canonical images, without a network or a writable folder; their range; their order; what is said of unfit files."""
+"""The canonical images, without a network or a writable folder; their range; their order; the errors for unfit files."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ IMAGES = "train-images-idx3-ubyte.gz"
 
 @pytest.fixture
 def archives(tmp_path):
-    """A data folder of one's own with the four archives alone."""
+    """A separate data folder with only the four archives."""
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for archive in RAW.glob("*.gz"):

@@ -133,7 +133,7 @@ def test_eta_1_with_all_steps_has_ddpms_variance_and_mean():
     ("ddpm_sample", {"steps": 250}, 0.1), ("ddim_sample", {"steps": 100}, 0.1),  # fewer steps fall short of the deviation
 ], ids=["ddpm", "ddim", "ddpm-250", "ddim-100"])
 def test_samplers_recover_a_known_distribution(sampler, settings, rel, mean, clip):
-    """x_0 ~ N(mean, 0.2^2), each pixel alone. The standard error of 40,000 is 0.001 for the mean, 0.4% for the deviation."""
+    """x_0 ~ N(mean, 0.2^2), pixels i.i.d. The standard error of 40,000 is 0.001 for the mean, 0.4% for the deviation."""
 
     def model(x_t, t, y):  # E[eps | x_t], from the joint normal distribution of eps and x_t
         alpha_bar = D.alpha_bar[t].float().reshape(-1, 1, 1, 1)

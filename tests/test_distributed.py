@@ -19,7 +19,7 @@ from runtime.distributed import Ranks
 from runtime.script import TrainingError
 from train import train
 
-# Not with Muon, which multiplies matrices in bfloat16: that makes 5e-4 of a last bit, in one process too.
+# Not with Muon, whose bfloat16 matrix products turn a difference in the last bit into 5e-4, even in one process.
 OPTIONS = [*map(str, TINY), "--epochs", "4", "--lr", "0.01", "--optimizer", "adamw"]
 
 
@@ -90,7 +90,7 @@ def test_a_killed_process_is_restarted_and_the_run_continues(tmp_path, one_proce
 
 @pytest.mark.slow
 def test_two_machines_and_the_death_of_one_of_their_processes(tmp_path, one_process):
-    """As README has it, with two agents on this machine in place of two machines."""
+    """The command in docs/faq.md, with two agents on this machine instead of two machines."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

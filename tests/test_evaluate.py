@@ -1,4 +1,4 @@
-"""The metrics: their definitions, real against real, and every kind of harm is seen."""
+"""The metrics: their definitions, real against real images, and every kind of damage is detected."""
 
 import json
 import math
@@ -17,8 +17,8 @@ from diffusion import GaussianDiffusion
 from evaluate import (
     Classifier,
     augmented,
-    coverage_figures,
-    distribution_figures,
+    coverage_metrics,
+    distribution_metrics,
     fid,
     memorised,
     nll_bound,
@@ -84,7 +84,7 @@ def test_fid_of_gaussians_is_the_closed_form():
 
 
 @pytest.mark.slow
-def test_fid_grows_with_every_harm(classifier, data):
+def test_fid_grows_with_every_kind_of_damage(classifier, data):
     (real, labels), test = data[0][:1000], data[1][:][0]
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
 
@@ -92,7 +92,7 @@ def test_fid_grows_with_every_harm(classifier, data):
         return F.conv2d(F.pad(images, (1, 1, 1, 1), value=-1), torch.ones(1, 1, 3, 3) / 9)
 
     def distance(images):
-        return distribution_figures(classifier, test, images)["FID"]
+        return distribution_metrics(classifier, test, images)["FID"]
 
     least = distance(real)
     assert abs(distance(test)) < 1e-3 < least
@@ -106,7 +106,7 @@ def test_fid_grows_with_every_harm(classifier, data):
 def test_coverage_figures_of_the_same_distribution_of_a_poor_and_of_a_narrow_one():
     generator = torch.Generator().manual_seed(0)
     real, other = (torch.randn(1000, 8, generator=generator) for _ in range(2))
-    same, far, narrow = (coverage_figures(real, points) for points in (other, other + 10, other * 0.05))
+    same, far, narrow = (coverage_metrics(real, points) for points in (other, other + 10, other * 0.05))
     assert same["density"] == pytest.approx(1, abs=0.1) and min(same["precision"], same["recall"]) > 0.8
     # Coverage of the same distribution, Naeem et al. eq. 11: 1 - (N - 1) ... (N - k) / ((2N - 1) ... (2N - k))
     expected = 1 - math.prod((1000 - i) / (2000 - i) for i in range(1, 6))
@@ -151,7 +151,7 @@ def test_a_run_without_data_here_takes_that_of_the_project(tmp_path, monkeypatch
     assert all(f"{figure['generated']:.4f}" in out and f"{figure['real']:.4f}" in out for figure in results.values())
 
 
-def test_an_output_is_no_input(tmp_path, monkeypatch, refused, tiny_checkpoint):
+def test_an_output_cannot_be_an_input(tmp_path, monkeypatch, refused, tiny_checkpoint):
     raw = tmp_path / "data" / "MNIST" / "raw"
     shutil.copytree(ROOT / "mnist" / "MNIST" / "raw", raw)
     save_checkpoint(tmp_path / "data" / "classifier.pth", {"classifier": Classifier().state_dict()})
@@ -162,5 +162,5 @@ def test_an_output_is_no_input(tmp_path, monkeypatch, refused, tiny_checkpoint):
     before = [content(folder) for folder in (tmp_path, tmp_path / "data", raw)]
     for output, status in (("data/../model.pth", 2), ("hard.json", 2), ("soft.json", 1), ("data/classifier.pth", 1),
                            (raw / "train-images-idx3-ubyte.gz", 1)):
-        refused(evaluate.main, status, "one file", "--device", "cpu", "--data-dir", "data", "--json", output)
+        refused(evaluate.main, status, "same file", "--device", "cpu", "--data-dir", "data", "--json", output)
     assert [content(folder) for folder in (tmp_path, tmp_path / "data", raw)] == before

@@ -1,4 +1,4 @@
-"""The study in miniature: what is missing is done once, whoever dies or works beside; pictures need the table alone."""
+"""The study in miniature: what is missing is done once, even if workers die or share it; pictures need only its results."""
 
 import math
 import multiprocessing
@@ -87,7 +87,7 @@ def test_two_workers_share_the_work(tmp_path, undisturbed):
     assert without_times(rows(tmp_path)) == without_times(rows(undisturbed))
 
 
-def test_a_run_that_fails_stops_no_other(tmp_path, capsys):
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys):
     (tmp_path / "runs" / "S7-adaLN-Zero-muon-0").mkdir(parents=True)
     (tmp_path / "runs" / "S7-adaLN-Zero-muon-0" / "model.resume.pth").write_text("damaged")
     with pytest.raises(runs.TrainingError, match="not complete: S7-adaLN-Zero-muon-0"):

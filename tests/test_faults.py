@@ -43,7 +43,7 @@ def start(forked):
 
 
 def wait_for_writes(process, file, count):
-    """Until the file has been replaced so often, or the process has ended."""
+    """Until the file has been replaced `count` times, or the process has ended."""
     last, seen = file.stat().st_ino if file.exists() else None, 0
     while process.is_alive() and seen < count:
         time.sleep(0.001)
@@ -198,7 +198,7 @@ def bash(command, folder, **environment):
     *(pytest.param(command, marks=pytest.mark.slow) for command in (
         "TRAIN 2>&-", "TRAIN 2>/dev/full", "TRAIN >/dev/full 2>&1", "TRAIN <&- >&- 2>&-", "TRAIN && TRAIN | true",
         "TRAIN && TRAIN --resume >&-", "nohup TRAIN"))])
-def test_a_broken_stream_ends_no_run(tmp_path, command):
+def test_a_broken_stream_does_not_end_a_run(tmp_path, command):
     done = bash(command, tmp_path)
     assert done.returncode == 0, done
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
@@ -219,7 +219,7 @@ def test_a_name_that_a_terminal_cannot_show(tmp_path, name, environment):
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("no LaTeX"), MemoryError()])
-def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, train_tiny, monkeypatch, error):
+def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(tmp_path, train_tiny, monkeypatch, error):
     def fail(*args):
         raise error
 

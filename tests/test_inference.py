@@ -23,7 +23,7 @@ from diffusion import GaussianDiffusion
 from dit import DiT
 from inference import generate
 from runtime.checkpoint import load_model, save_checkpoint
-from runtime.pictures import GAP, LARGEST_SIDE, ZOOM, denser_at_the_end, fits, loss_curve, save_animation, save_picture, show
+from runtime.pictures import GAP, MAX_SIDE, ZOOM, denser_at_the_end, fits, loss_curve, save_animation, save_picture, show
 from train import held_out_loss
 
 SIDE = ZOOM * (28 + GAP)
@@ -133,7 +133,7 @@ def test_what_is_too_large_is_refused_before_sampling(tmp_path, monkeypatch, ref
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif"])
 @pytest.mark.parametrize("tall", [True, False])
 def test_the_largest_that_is_accepted_can_be_written(tmp_path, monkeypatch, name, tall):
-    count = LARGEST_SIDE // SIDE
+    count = MAX_SIDE // SIDE
     images = torch.zeros(count, 1, 28, 28)
     rows = list(images.split(1 if tall else count))
     assert fits(count, 1, 28) and not fits(count + 1, 1, 28)
@@ -162,7 +162,7 @@ def test_labels_of_every_whole_number_type(open_network):
         assert torch.equal(generate(open_network, labels, steps=2, guidance=1), first)
     for labels in ([6], [-1], [], [1.0], [True], ["1"], "1", 1, None, [None], [[1]], [[1], [1, 2]], [2**70], {"a": 1},
                    torch.tensor([1.5]), torch.tensor([True]), torch.tensor([[1]]), np.array(["1"])):
-        with pytest.raises(ValueError, match="labels must be whole numbers in"):
+        with pytest.raises(ValueError, match="labels must be integers in"):
             generate(open_network, labels)
 
 
@@ -199,7 +199,7 @@ def test_under_autocast_it_is_the_same_to_its_precision(tiny_checkpoint):
 
 @pytest.mark.parametrize("settings", [{"in_channels": 3}, {"image_size": 35, "patch_size": 5}, {"class_dropout_prob": 0.0}],
                          ids=str)
-def test_networks_that_cannot_sample_so(tmp_path, refused, settings):
+def test_networks_that_cannot_sample_mnist(tmp_path, refused, settings):
     weights = network(tmp_path / "other.pth", **settings)
     refused(inference.main, 1, "other.pth", "--checkpoint", weights, "--output", tmp_path / "other.png")
     assert not (tmp_path / "other.png").exists()
@@ -217,9 +217,9 @@ def test_an_output_is_no_input_and_no_other_output(tmp_path, monkeypatch, refuse
     os.symlink("later.gif", "dangling.png")
     before = content(tmp_path)
     for output in ("w.png", "folder/../w.png", "hard.png", "soft.png", tmp_path / "w.png"):
-        refused(inference.main, 2, "one file", "--checkpoint", "w.png", "--output", output)
+        refused(inference.main, 2, "same file", "--checkpoint", "w.png", "--output", output)
     for gif in ("later.gif", "folder/../later.gif", "dangling.gif"):
-        refused(inference.main, 2, "one file", "--checkpoint", "w.png", "--output", "dangling.png", "--gif", gif)
+        refused(inference.main, 2, "same file", "--checkpoint", "w.png", "--output", "dangling.png", "--gif", gif)
     assert content(tmp_path) == before
 
 

@@ -120,8 +120,8 @@ def test_a_run_as_its_user_starts_it(tmp_path):
     assert list(row) == ["epoch", "step", "train_loss", "test_loss", "seconds"] and (row["epoch"], row["step"]) == ("1", "3")
     assert 0.1 < float(row["train_loss"]) < 0.9 and 0.7 < float(row["test_loss"]) < 0.9
     assert "300/300" in done.stderr and f"train_loss={float(row['train_loss']):.4f}" in done.stderr.split("\r")[-1]
-    drawn = run_script("inference.py", "--steps", 5, cwd=tmp_path)
-    assert drawn.returncode == 0, drawn.stderr
+    sampled = run_script("inference.py", "--steps", 5, cwd=tmp_path)
+    assert sampled.returncode == 0, sampled.stderr
     for picture in ("loss.png", "samples.png", "inference.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -238,7 +238,7 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path, train_tiny, monkeypat
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(("step", "options"), [  # 3 an epoch: also at its first and last step, and at the end
+@pytest.mark.parametrize(("step", "options"), [  # 3 steps per epoch: also its first and last one, and the end
     (1, ()), (3, ("--block", "in-context")), (4, ("--optimizer", "adamw")), (8, ("--loss", "mse", "--min-snr", 0)),
     (9, ("--learn-sigma",))])
 def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, train_tiny, monkeypatch, step, options):
@@ -262,8 +262,8 @@ def test_more_epochs_may_follow(tmp_path, train_tiny):
     constant = ("--lr-schedule", "constant")  # another schedule would have been stretched over both epochs
     assert train_tiny(whole, *constant, "--epochs", 2)[0] == 0
     assert train_tiny(longer, *constant)[0] == 0
-    assert train_tiny(longer, *constant, "--epochs", 2, "--resume")[0] == 0
-    assert run_state(whole) == run_state(longer)
+    status, out, _ = train_tiny(longer, *constant, "--epochs", 2, "--resume")
+    assert status == 0 and run_state(whole) == run_state(longer) and "cosine" not in out
 
 
 def change_state(folder, **changes):
@@ -272,12 +272,14 @@ def change_state(folder, **changes):
     save_checkpoint(folder / "model.resume.pth", state | changes)
 
 
-def test_another_number_of_threads_is_said(tmp_path, train_tiny):
-    """It changes the last bits, as sums are taken in another order."""
+def test_another_number_of_threads_or_epochs_is_reported(tmp_path, train_tiny):
+    """Threads change the last bits, as sums are taken in another order; epochs stretch the cosine."""
     assert train_tiny(tmp_path)[0] == 0
-    assert "with 1 threads" not in train_tiny(tmp_path, "--resume")[1]
+    _, out, _ = train_tiny(tmp_path, "--resume")
+    assert "with 1 threads" not in out and "cosine" not in out
     change_state(tmp_path, threads=7)
-    assert "with 1 threads and not 7" in train_tiny(tmp_path, "--resume")[1]
+    _, out, _ = train_tiny(tmp_path, "--epochs", 2, "--resume")
+    assert "with 1 threads instead of 7" in out and "2 epochs instead of 1 have another cosine" in out
 
 
 def test_a_state_from_another_kind_of_device_continues(tmp_path, train_tiny):
@@ -327,7 +329,7 @@ def test_a_loss_that_is_not_finite_is_not_saved(tmp_path, train_tiny, monkeypatc
     (tmp_path / "model.pth").write_text("precious")
     watch_loss(monkeypatch, lambda now, *args: math.nan if now == step else 1)
     status, _, err = train_tiny(tmp_path, "--epochs", 3)
-    assert status == 1 and "model.pth is as it was saved before" in err.splitlines()[-1] and "Traceback" not in err
+    assert status == 1 and "model.pth is left as last saved" in err.splitlines()[-1] and "Traceback" not in err
     assert (tmp_path / "model.pth").read_text() == "precious"
 
 
@@ -372,7 +374,7 @@ def test_without_options_it_is_the_recipe(call, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["DiT-S/4", "XL/7"])
 def test_models_by_name(tmp_path, call, name):
-    """The name sets defaults; what is given beside it counts."""
+    """The name sets the defaults; other options override them."""
     options = ("--checkpoint", tmp_path / "model.pth", "--device", "cpu", "--model", name)
     named = replace((PAPER | FAMILY)[name], in_channels=1, num_classes=10)
     with mock.patch.object(train, "train") as started:

@@ -24,21 +24,21 @@ from torch.nn import functional as F
 from dit import DiT
 from runtime.checkpoint import write_atomically
 
-LARGEST_WIDTH = 256  # of a token; for wider ones torch.compile is as fast
+MAX_WIDTH = 256  # of a token; for wider ones torch.compile is as fast
 READABLE = ("cpu", torch.float32)  # the device and dtype that dit_block.cpp takes
-MOST_TOKENS = 1024  # of an image; the scratch memory of a thread grows with their square
+MAX_TOKENS = 1024  # of an image; the scratch memory of a thread grows with their square
 log = logging.getLogger(__name__)  # prints to stderr; a stream that is closed or broken does not stop the work
 
 VECTOR_UNITS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]}
 
 
 def fused(model: DiT, frozen: bool = False) -> DiT:
-    """A copy of `model` that shares its parameters and has its blocks in C++; `model` itself where that cannot be.
+    """A copy of `model` that shares its parameters and has its blocks in C++; `model` itself where that is impossible.
 
-    It can in float32 on a CPU with AVX2 or AVX-512, where there is a C++ compiler, for adaLN and adaLN-Zero networks that
-    are not too large and whose blocks are those of dit_block.py. frozen: see `FusedBlocks`.
+    That takes float32 on a CPU with AVX2 or AVX-512, a C++ compiler, and an adaLN or adaLN-Zero network with the blocks of
+    dit_block.py, not too large, whose sizes fill whole vectors and tiles. frozen: see `FusedBlocks`.
     """
-    if type(model) is not DiT or not model.adaptive or model.config.hidden_size > LARGEST_WIDTH:
+    if type(model) is not DiT or not model.adaptive or model.config.hidden_size > MAX_WIDTH:
         return model
     kinds = {(values.device.type, values.dtype) for values in (*model.parameters(), *model.buffers())}
     with torch.random.fork_rng(devices=[]):
@@ -48,7 +48,7 @@ def fused(model: DiT, frozen: bool = False) -> DiT:
     config, tokens, mlp_size = model.config, model.pos_embed.shape[1], model.blocks[0].mlp.fc1.out_features
     whole_vectors = config.hidden_size // config.num_heads % 4 == 0 and mlp_size % 16 == 0  # see W in dit_block.cpp
     whole_tiles = any(tokens % rows == 0 for rows in (4, 5, 6, 7))  # see product() there
-    if not whole_vectors or not whole_tiles or tokens > MOST_TOKENS:
+    if not whole_vectors or not whole_tiles or tokens > MAX_TOKENS:
         return model
     library = block_library(tokens, config.hidden_size, config.num_heads, mlp_size)
     if library is None:
@@ -98,7 +98,7 @@ def block_library(tokens: int, hidden_size: int, num_heads: int, mlp_size: int) 
         return build(command, source, name)
     except (OSError, ValueError, AttributeError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", b"").decode(errors="replace").strip() or str(error)
-        log.warning("continuing without the blocks in C++, slower: they cannot be built (%s)", reason.splitlines()[0])
+        log.warning("continuing without the C++ blocks, which is slower: they cannot be built (%s)", reason.splitlines()[0])
         log.disabled = True  # once is enough
         return None
 
@@ -110,7 +110,7 @@ def library_folders() -> list[Path]:
 
 
 def digest(name: str, library: bytes) -> bytes:
-    """What follows the library in its file, where the loader of the system does not look."""
+    """The checksum at the end of a library's file, where the system's loader does not look."""
     return hashlib.sha256(name.encode() + library).digest()
 
 
@@ -185,7 +185,7 @@ class FusedBlocks(nn.Module):
 
 
 class BlocksFunction(torch.autograd.Function):
-    """x: (N, L, D), mod: (N, depth, 6, D), the packed parameters, and themselves, for their gradients -> (N, L, D)."""
+    """x: (N, L, D), mod: (N, depth, 6, D), the packed parameters, then the originals, for their gradients -> (N, L, D)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, mod: Tensor, packed: tuple[Tensor, Tensor], library: ctypes.CDLL, grad_enabled: bool,
@@ -215,7 +215,7 @@ class BlocksFunction(torch.autograd.Function):
 
 
 def arguments(*values: int | Tensor | None) -> list[ctypes.c_int64 | ctypes.c_void_p]:
-    """Ints, and the addresses of tensors, as C has them. TypeError for a tensor that C++ could not read."""
+    """Ints, and the addresses of tensors, as C arguments. TypeError for a tensor that C++ could not read."""
     for value in values:
         if isinstance(value, Tensor) and ((value.device.type, value.dtype) != READABLE or not value.is_contiguous()):
             raise TypeError(f"the fused blocks take contiguous float32 on a CPU, not {value.dtype} on {value.device}")

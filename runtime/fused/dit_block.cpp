@@ -29,11 +29,11 @@ struct Modulation { float shift_attn[D], scale_attn[D], gate_attn[D], shift_mlp[
 
 typedef float Image[L][D];
 
-// What the backward pass needs of the forward pass; it recomputes the rest.
+// What the backward pass needs from the forward pass; it recomputes the rest.
 struct Saved { float x[L][D], qkv[L][3 * D], heads[L][D], middle[L][D], hidden[L][M]; };
 
-// weights[j][i]: of token j for token i, so that a vector holds the softmax of W tokens side by side. Nothing reads the
-// columns from L on, which pad the last vector.
+// weights[j][i]: of token j for token i, so that a vector holds the softmax of W tokens side by side. The columns
+// from L on pad the last vector; no result depends on them.
 struct Head { float q[d][LP], weights[L][LP], d_out[d][LP], d_weights[L][LP]; };
 
 struct alignas(64) Scratch {
@@ -67,11 +67,11 @@ float sum(vec x) {
 
 vec max(vec a, vec b) { return a > b ? a : b; }  // b if one of them is NaN
 
-// e^x = 2^n e^r with n whole and |r| <= ln(2) / 2; the polynomial and the two parts of ln(2) are those of Cephes' expf.
+// e^x = 2^n e^r with an integer n and |r| <= ln(2) / 2; the polynomial and the two parts of ln(2) are those of Cephes' expf.
 vec exp(vec x) {
     x = max(vec{} - 87.f, x);
     x = -max(vec{} - 87.f, -x);
-    const vec shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds to a whole number, in the lowest bits
+    const vec shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds to an integer, in the lowest bits
     const vec n = shifted - 12582912.f;
     const vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vec y = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -127,7 +127,7 @@ void linear(const float (*x)[IN], const float (*transposed)[OUT], const float* b
                         [=](int i, int j, vec value) { at(y[i] + j) = value + at(bias + j); });
 }
 
-// Adds to the gradients of the layer, and writes that of x, which may take the place of x.
+// Adds to the layer's gradients, and writes that of x; d_x may be x itself.
 template <int IN, int OUT>
 void linear_backward(const float (*x)[IN], const Linear<IN, OUT>& layer, const float (*d_y)[OUT], Linear<IN, OUT>& d_layer,
                      float (*d_x)[IN]) {
@@ -137,7 +137,7 @@ void linear_backward(const float (*x)[IN], const Linear<IN, OUT>& layer, const f
     product<L, OUT, IN>(rows(d_y[0], OUT), layer.weight[0], IN, into(d_x[0], IN));
 }
 
-// Of x + gate * linear(h): adds to the gradients of the layer, writes that of the gate, and hands that of h to put.
+// For x + gate * linear(h): adds to the layer's gradients, writes the gate's, and hands h's to put.
 //
 // linear(h) is not kept: with w and b the weight and bias of the layer, and G = d_y^T h, which the gradient of w needs anyway,
 //     d_gate[c] = sum_i d_y[i][c] (sum_j w[c][j] h[i][j] + b[c]) = sum_j w[c][j] G[c][j] + b[c] sum_i d_y[i][c]
@@ -240,7 +240,7 @@ void gelu_and_slope(const float (*x)[M], float (*y)[M], float (*slope)[M]) {
 
 // ---- Attention, a head at a time
 
-// x, of a head in rows of `row` floats, times scale: as columns, padded with zeros.
+// y = scale * x^T, padded with zeros. x: one head's columns, in rows of `row` floats.
 void gather(const float* x, int row, float scale, float (*y)[LP]) {
     for (int i = 0; i < LP; i++)
         for (int c = 0; c < d; c++) y[c][i] = i < L ? scale * x[i * row + c] : 0;
@@ -310,7 +310,7 @@ void forward(const Modulation& mod, const Parameters& w, const Transposed& wt, I
     add_gated(s.middle, mod.gate_mlp, scratch.branch, out);
 }
 
-// d_x: the gradient of the block's output, which that of its input replaces.
+// d_x: on entry the gradient of the block's output, on return that of its input.
 void backward(const Modulation& mod, const Parameters& w, const Saved& s, Image& d_x, Modulation& d_mod, Parameters& d_w) {
     gelu_and_slope(s.hidden, scratch.activated, scratch.slope);
     gated_linear_backward(scratch.activated, w.fc2, mod.gate_mlp, d_x, d_w.fc2, d_mod.gate_mlp,
@@ -357,8 +357,8 @@ void blocks_forward(int64_t depth, int64_t N, const Image* x, const Modulation* 
         }
 }
 
-// d_x: (N, L, D), the gradient of out, which that of x replaces; d_w: (threads, depth), zeros, to which each thread adds the
-// gradients of its images.
+// d_x: (N, L, D), on entry the gradient of out, on return that of x; d_w: (threads, depth), zeros, to which each thread adds
+// the gradients of its images.
 void blocks_backward(int64_t depth, int64_t N, const Modulation* mod, const Parameters* w, const Saved* saved, Image* d_x,
                      Modulation* d_mod, Parameters* d_w, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static, 1)
