@@ -5,8 +5,7 @@
     python -m experiments.runs --list         what is missing
 
 Networks this small gain little from a second thread. Set OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE, and start one process
-per core: they share the work. Stop and start them at will: a run continues where it was. For Linux and macOS; needs
-requirements-dev.txt.
+per core: they share the work. Stop and start them at will: a run continues where it was. For Linux and macOS.
 """
 
 import argparse

@@ -103,7 +103,7 @@ def test_fid_grows_with_every_kind_of_damage(classifier, data):
         assert least * 1.2 < distance(less) < distance(more)
 
 
-def test_coverage_figures_of_the_same_distribution_of_a_poor_and_of_a_narrow_one():
+def test_coverage_metrics_of_the_same_distribution_of_a_poor_and_of_a_narrow_one():
     generator = torch.Generator().manual_seed(0)
     real, other = (torch.randn(1000, 8, generator=generator) for _ in range(2))
     same, far, narrow = (coverage_metrics(real, points) for points in (other, other + 10, other * 0.05))
