@@ -108,8 +108,9 @@ def figure5(rows: Rows) -> Figure:
     for block in BLOCKS:
         curve(axes, [row for row in mine if row["block"] == block], steps, color=COLORS[block], marker="o", label=block)
     real_line(axes, rows, CURVE_IMAGES)
-    seeds = len({row["seed"] for row in mine})
-    finish(axes, title=f"B/4, seeds: {seeds}, images per point: {CURVE_IMAGES:,}", xlabel="training steps (thousands)")
+    seeds = sorted({len({row["seed"] for row in mine if row["block"] == block}) for block in BLOCKS})
+    title = f"B/4, seeds: {' or '.join(map(str, seeds))}, images per point: {CURVE_IMAGES:,}"
+    finish(axes, title=title, xlabel="training steps (thousands)")
     axes.legend()
     return figure
 
