@@ -98,7 +98,7 @@ class Run:
                     self.files.save_curve(self.curve, last=False)
                 self.files.save_weights(self.ema, self.step)
                 print(f"resumed at step {self.step} of {self.total_steps}")
-                if (before := state["recipe"].get("epochs")) != self.cfg.epochs and self.cfg.lr_schedule == "cosine":
+                if (before := state["recipe"]["epochs"]) != self.cfg.epochs and self.cfg.lr_schedule == "cosine":
                     print(f"{self.cfg.epochs} epochs instead of {before} have another cosine: the learning rate jumps")
                 if state["threads"] != torch.get_num_threads():
                     print(f"with {torch.get_num_threads()} threads instead of {state['threads']}: sums are taken in another "
