@@ -26,9 +26,10 @@ from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion
 from dit import DiT
 from inference import add_sampling_options, check_options, generate, load_sampling_model
-from runtime.checkpoint import check_weights, here_or_in_project, load_checkpoint, save_checkpoint, write_atomically
+from runtime.checkpoint import check_weights, load_checkpoint, save_checkpoint
+from runtime.files import check_files, here_or_in_project, write_atomically
 from runtime.fused import fused
-from runtime.script import check_files, exit_status, run_script
+from runtime.script import exit_status, run_script
 from runtime.speed import keep_freed_memory
 
 EPOCHS, BATCH_SIZE = 8, 125  # of the classifier; BATCH_SIZE also for sampling and the NLL bound
@@ -175,8 +176,7 @@ def nll_bound(model: DiT, digits: Digits, seed: int = 0) -> float:
     """Upper bound on -log p(x_0 | y) (DDPM eq. 5) in bits/dim, mean over `digits`: the prior term plus those of all t."""
     diffusion, network = GaussianDiffusion(), fused(model, frozen=True)
     generator = torch.Generator(digits.images.device).manual_seed(seed)
-    alpha_bar_T = diffusion.alpha_bar[-1].item()
-    total = 0.0
+    total, alpha_bar_T = 0.0, diffusion.alpha_bar[-1].item()
     for start in tqdm(range(0, len(digits), BATCH_SIZE), desc="NLL bound", unit="batch"):
         x_0, y = digits[start:start + BATCH_SIZE]
         prior = 0.5 * (alpha_bar_T * (x_0.square() - 1) - math.log(1 - alpha_bar_T))  # KL(q(x_T | x_0) || N(0, 1)), in nats

@@ -24,10 +24,11 @@ from tqdm import tqdm
 from config import GUIDANCE, STEPS, T
 from diffusion import GaussianDiffusion, guided
 from dit import DiT
-from runtime.checkpoint import CheckpointError, here_or_in_project, load_model
+from runtime.checkpoint import CheckpointError, load_model
+from runtime.files import check_files, here_or_in_project
 from runtime.fused import fused
 from runtime.pictures import denser_at_the_end, fits, save_animation, save_picture, show
-from runtime.script import check_files, exit_status, pick_device, run_script
+from runtime.script import exit_status, pick_device, run_script
 from runtime.speed import keep_freed_memory
 
 
@@ -131,8 +132,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, out
     if [] in vars(args).values():
         parser.error("an option lacks its value")  # before Python 3.13, argparse reads --steps=-- as an empty list
     args.steps = STEPS[args.sampler] if args.steps is None else args.steps
-    ranges |= {"steps": (1, T), "eta": (0, 1), "guidance": (0, 100), "seed": (0, 2**63 - 1)}
-    for name, (least, most) in ranges.items():
+    for name, (least, most) in (ranges | {"steps": (1, T), "eta": (0, 1), "guidance": (0, 100), "seed": (0, 2**63 - 1)}).items():
         if not least <= getattr(args, name) <= most:
             parser.error(f"argument --{name.replace('_', '-')}: must lie in [{least}, {most}], not {getattr(args, name)}")
     if args.eta and args.sampler != "ddim":

@@ -26,8 +26,8 @@ from config import FAMILY, GUIDANCE, PAPER, ModelConfig, TrainConfig
 from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion, guided
 from dit import DiT
-from runtime.checkpoint import here_or_in_project
 from runtime.distributed import Ranks, joined_ranks
+from runtime.files import here_or_in_project
 from runtime.run import Run, RunFiles
 from runtime.script import TrainingError, exit_status, pick_device, run_script
 from runtime.speed import compiled, keep_freed_memory

@@ -22,7 +22,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from config import BLOCKS, FAMILY
 from experiments.study import CURVE_IMAGES, FINAL_IMAGES, GUIDED, REAL, RECIPE, SIZES, TABLE, Network, Rows, read, select
 from experiments.tables import all_tables
-from runtime.checkpoint import write_atomically
+from runtime.files import write_atomically
 from runtime.pictures import DPI, save_picture, tile
 from runtime.script import exit_status, run_script
 

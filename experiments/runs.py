@@ -30,7 +30,8 @@ from evaluate import Classifier, accuracy, distribution_metrics, sample_images, 
 from experiments import study
 from experiments.study import COLUMNS, REAL, STEPS, TABLE, Network, Setting
 from inference import generate
-from runtime.checkpoint import CheckpointError, write_atomically
+from runtime.checkpoint import CheckpointError
+from runtime.files import write_atomically
 from runtime.pictures import as_bytes
 from runtime.run import RunFiles
 from runtime.script import TrainingError, exit_status, pick_device, run_script

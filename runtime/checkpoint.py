@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, and checkpoints that hold tensors and plain values only.
+"""Checkpoints that hold tensors and plain values only, and are checked before they are used.
 
 `model.pth` holds what sampling needs; `run.py` writes the same kind of file for a run to continue from.
 """
@@ -9,9 +9,7 @@ import math
 import os
 import pickle
 import pickletools
-import secrets
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,8 +18,8 @@ from torch import Tensor, nn
 
 from config import ModelConfig
 from dit import DiT
+from runtime.files import PROJECT, write_atomically
 
-PROJECT = Path(__file__).resolve().parent.parent
 FORMAT = 1  # incremented when the entries of a file change, so that older code can say what is wrong
 WEIGHTS = {"model_config": dict, "ema": dict, "step": int, "recipe": dict}  # the entries of model.pth
 MAX_BYTES = 2**34  # of a file that is read
@@ -34,68 +32,9 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be used; the message is one sentence."""
 
 
-def here_or_in_project(path: str | Path) -> Path:
-    """`path`; or, if only that exists, the same path in this project's directory."""
-    return Path(path) if os.path.exists(path) or not os.path.exists(PROJECT / path) else PROJECT / path
-
-
 def printable(value: object) -> str:
     """Text from a file for a terminal: short, and without characters that the terminal would obey."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value)[:200])
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Call write(temporary file next to `path`), then move the result into place: `path` is old or new, never half.
-
-    A link stays, and the file that it points to is replaced. OSError with a one-sentence message if that fails.
-    """
-    file = _target(path)
-    temporary = _temporary(file)
-    try:
-        write(temporary)
-        _sync(temporary, os.O_RDWR)  # Windows syncs no file that is open for reading only
-        os.replace(temporary, file)
-    except OSError as error:
-        raise OSError(f"{path} could not be written ({error.strerror or error}); it is unchanged") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        try:
-            _sync(file.parent, os.O_RDONLY)  # the new name itself, which lives in the directory
-        except OSError as error:
-            raise OSError(f"{path} is written, but a power cut could undo that ({error.strerror or error})") from error
-
-
-def _target(path: str | Path) -> Path:
-    return Path(os.path.realpath(path) if os.path.islink(path) else path)
-
-
-def _temporary(path: Path) -> Path:
-    """A hidden name of its own. Random, because containers that share a directory may have equal process numbers."""
-    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def check_writable(path: str | Path) -> None:
-    """OSError with a one-sentence message if `path` could not be written: better now than after an hour's work."""
-    file = _target(path)
-    if os.path.exists(file) and not os.path.isfile(file):
-        raise OSError(f"{path} is a directory or a device, not a file")
-    if not os.path.isdir(file.parent):
-        raise OSError(f"{path} cannot be written: there is no directory {file.parent}")
-    try:
-        temporary = _temporary(file)
-        temporary.touch()
-        temporary.unlink()
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def save_checkpoint(path: str | Path, content: dict) -> None:

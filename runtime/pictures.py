@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
-from runtime.checkpoint import write_atomically
+from runtime.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

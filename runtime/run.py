@@ -1,13 +1,12 @@
 """Everything in a training run that Algorithm 1 leaves out: its progress, its files, how it stops and continues."""
 
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,10 +16,11 @@ from tqdm import tqdm
 from config import ModelConfig, TrainConfig
 from dataset import Digits
 from dit import DiT
-from runtime.checkpoint import CheckpointError, load_checkpoint, printable, save_checkpoint, write_atomically
+from runtime.checkpoint import CheckpointError, load_checkpoint, printable, save_checkpoint
 from runtime.distributed import Ranks
+from runtime.files import check_files, files_of_run, keep_other_run, write_atomically
 from runtime.pictures import as_bytes, loss_curve, save_picture, show
-from runtime.script import Stopped, TrainingError, check_files, lock
+from runtime.script import Stopped, TrainingError, lock
 
 # What may differ on --resume; "model" because the fields of the network are compared one by one.
 MAY_CHANGE = {"epochs", "checkpoint", "checkpoint_every", "data_dir", "device", "compile", "model"}
@@ -80,7 +80,7 @@ class Run:
         if self.ranks.any(resume or (self.ranks.restarted and self.files.holds_state_of(self.ranks.launch))):
             self._continue()
         elif self.ranks.leads:
-            self.files.keep_other_run()
+            keep_other_run(self.files.weights)
         self.bar = self.exit.enter_context(tqdm(
             initial=self.step * self.cfg.batch_size, total=self.total_steps * self.cfg.batch_size, unit="img",
             unit_scale=True, mininterval=0.5, smoothing=0.05, disable=not self.ranks.leads))
@@ -191,7 +191,7 @@ class RunFiles:
 
     def __init__(self, cfg: TrainConfig):
         self.cfg = cfg
-        self.all = self.weights, self.state, self.csv, self.png, self.samples = _names(Path(cfg.checkpoint))
+        self.all = self.weights, self.state, self.csv, self.png, self.samples = files_of_run(Path(cfg.checkpoint))
         check_files(self.all)
         self.pictures_failed, self.picture_time = False, -math.inf
 
@@ -248,25 +248,3 @@ class RunFiles:
             if not self.pictures_failed:
                 tqdm.write(f"{path} could not be drawn, and training continues: {error}")
             self.pictures_failed = True
-
-    def keep_other_run(self) -> None:
-        """Keep another run's files under the names of --checkpoint model.old-1.pth, or -2, ..., where it can be resumed."""
-        if not any(path.exists() for path in self.all):
-            return
-        choices = (_names(self.weights.with_stem(f"{self.weights.stem}.old-{number}")) for number in count(1))
-        kept = next(names for names in choices if not any(path.exists() for path in names))
-        if self.weights.exists():  # a copy, so that there is a model.pth at every moment
-            write_atomically(kept[0], lambda temporary: shutil.copy2(self.weights, temporary))
-        for path, name in zip(self.all[1:], kept[1:], strict=True):
-            if path.exists():
-                path.rename(name)
-        continues = f"; --resume --checkpoint {kept[0]} continues it" if kept[1].exists() else ""
-        print(f"{self.weights} and the files next to it are another run's: kept as {kept[0]} and so on{continues}")
-
-
-def _names(weights: Path) -> tuple[Path, ...]:
-    """A run's files: its weights, state, curve and pictures."""
-    stem, suffix = weights.stem, weights.suffix
-    prefix = "" if stem == "model" else f"{stem}."
-    others = f"{stem}.resume{suffix}", f"{prefix}loss.csv", f"{prefix}loss.png", f"{prefix}samples.png"
-    return weights, *(weights.parent / name for name in others)

@@ -1,17 +1,17 @@
-"""What the scripts share: how they start and end, their device, what they may print, which files they may write."""
+"""What the scripts share: how they start and end, their device, what they may print, and the lock on a checkpoint."""
 
 import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
 from dataset import DataError
-from runtime.checkpoint import CheckpointError, check_writable
+from runtime.checkpoint import CheckpointError
 
 try:
     import fcntl
@@ -101,18 +101,6 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def check_files(outputs: Iterable[Path | None], inputs: Iterable[Path | None] = ()) -> None:
-    """OSError if an output could not be written, or is an input or another output by whatever name."""
-    known = [path for path in inputs if path]
-    for path in filter(None, outputs):
-        for other in known:
-            linked = path.exists() and other.exists() and path.samefile(other)
-            if linked or os.path.realpath(path) == os.path.realpath(other):
-                raise OSError(f"{path} and {other} are the same file: choose another path")
-        check_writable(path)
-        known.append(path)
 
 
 def lock(path: Path) -> BinaryIO:

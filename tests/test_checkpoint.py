@@ -13,7 +13,8 @@ import torch
 from conftest import content
 
 from runtime import checkpoint
-from runtime.checkpoint import CheckpointError, check_writable, load_model, save_checkpoint
+from runtime.checkpoint import CheckpointError, load_model, save_checkpoint
+from runtime.files import check_writable
 
 BIAS = "x_embedder.proj.bias"
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dit import DiT
-from runtime.checkpoint import write_atomically
+from runtime.files import write_atomically
 
 MAX_WIDTH = 256  # of a token; for wider ones torch.compile is as fast
 READABLE = ("cpu", torch.float32)  # the device and dtype that dit_block.cpp takes
