@@ -132,7 +132,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, out
     if [] in vars(args).values():
         parser.error("an option lacks its value")  # before Python 3.13, argparse reads --steps=-- as an empty list
     args.steps = STEPS[args.sampler] if args.steps is None else args.steps
-    for name, (least, most) in (ranges | {"steps": (1, T), "eta": (0, 1), "guidance": (0, 100), "seed": (0, 2**63 - 1)}).items():
+    for name, (least, most) in dict(ranges, steps=(1, T), eta=(0, 1), guidance=(0, 100), seed=(0, 2**63 - 1)).items():
         if not least <= getattr(args, name) <= most:
             parser.error(f"argument --{name.replace('_', '-')}: must lie in [{least}, {most}], not {getattr(args, name)}")
     if args.eta and args.sampler != "ddim":
