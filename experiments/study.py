@@ -51,7 +51,7 @@ class Network:
 
     def config(self, recipe: TrainConfig, folder: Path) -> TrainConfig:
         """`recipe` with what is this network's own; its checkpoint lies in a directory of its own in `folder`."""
-        # The token designs are not in C++, and in runs so short torch.compile takes as long as it saves.
+        # Without C++ (the token designs; all on a GPU): in runs so short torch.compile takes as long as it saves.
         return replace(recipe, model=replace(FAMILY[self.model], block=self.block), seed=self.seed,
                        compile=recipe.compile and self.block.startswith("adaLN"),
                        checkpoint=str(folder / self.name / "model.pth"), **CHANGES[self.recipe])

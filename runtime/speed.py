@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+import warnings
 
 import torch
 from torch import nn
@@ -39,6 +40,7 @@ def compiled(model: DiT, batch_size: int) -> nn.Module:
     t = y = torch.zeros(batch_size, dtype=torch.long, device=device)
     if model.training:  # not a second time for the EMA model
         tqdm.write("compiling the network; --no-compile skips this")
+    warnings.filterwarnings("ignore", "TensorFloat32")  # which gains nothing at these widths (benchmarks/README.md)
     # On a GPU, CUDA graphs: the kernels of so small a network take less time than Python needs to start them.
     network = torch.compile(model, dynamic=False, mode="reduce-overhead" if x_t.is_cuda else "default")
     try:
