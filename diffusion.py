@@ -173,6 +173,7 @@ class GaussianDiffusion:
         """Ancestral sampling, x_T ~ N(0, I) down to x_0 (DDPM Algorithm 2), in `steps` respaced steps; default: all T.
 
         shape: (N, C, H, W); y: (N,) labels, whose device is used; x_T: the starting noise instead of a random one.
+        generator: on the CPU, where noise is drawn, so that a seed gives the same digits on every device.
         on_step(t, x_t) is called with every image on the way, from x_T with t = T to the result with t = 0 (the papers' t).
         Returns (N, C, H, W).
         """
@@ -190,13 +191,13 @@ class GaussianDiffusion:
 
     @torch.no_grad()
     def _sample(self, step, model, shape, y, generator, x_T, on_step, **step_settings) -> Tensor:
-        x_t = torch.randn(shape, generator=generator, device=y.device) if x_T is None else x_T
+        x_t = torch.randn(shape, generator=generator, device="cpu").to(y.device) if x_T is None else x_T
         for i in reversed(range(len(self))):
             time = int(self.timesteps[i])
             if on_step:
                 on_step(time + 1, x_t)
             out = model(x_t, torch.full_like(y, time), y)
-            z = torch.randn(shape, generator=generator, device=y.device, dtype=x_t.dtype)  # unused by DDIM with eta = 0
+            z = torch.randn(shape, generator=generator, device="cpu", dtype=x_t.dtype).to(y.device)  # unused if eta = 0
             x_t = step(x_t, torch.full_like(y, i), out, z, **step_settings)
         if on_step:
             on_step(0, x_t)

@@ -175,7 +175,7 @@ def sample_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Te
 def nll_bound(model: DiT, digits: Digits, seed: int = 0) -> float:
     """Upper bound on -log p(x_0 | y) (DDPM eq. 5) in bits/dim, mean over `digits`: the prior term plus those of all t."""
     diffusion, network = GaussianDiffusion(), fused(model, frozen=True)
-    generator = torch.Generator(digits.images.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     total, alpha_bar_T = 0.0, diffusion.alpha_bar[-1].item()
     for start in tqdm(range(0, len(digits), BATCH_SIZE), desc="NLL bound", unit="batch"):
         x_0, y = digits[start:start + BATCH_SIZE]
@@ -183,7 +183,7 @@ def nll_bound(model: DiT, digits: Digits, seed: int = 0) -> float:
         terms = prior.flatten(1).mean(dim=1) / math.log(2)  # (N,)
         for time in range(T):
             t = torch.full_like(y, time)
-            eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+            eps = torch.randn(x_0.shape, generator=generator, device="cpu", dtype=x_0.dtype).to(x_0.device)
             x_t = diffusion.q_sample(x_0, t, eps)
             terms = terms + diffusion.vlb_term(network(x_t, t, y), x_0, x_t, t)
         total += terms.sum().item()

@@ -46,11 +46,11 @@ def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm
         raise ValueError("eta needs the sampler ddim")
     config, device, dtype = model.config, model.pos_embed.device, model.pos_embed.dtype
     y = as_labels(labels, config.num_classes).to(device)
-    diffusion, generator = GaussianDiffusion(), torch.Generator(device).manual_seed(seed)
+    diffusion, generator = GaussianDiffusion(), torch.Generator().manual_seed(seed)
     sample = diffusion.ddpm_sample if sampler == "ddpm" else partial(diffusion.ddim_sample, eta=eta)
     network = guided(fused(model, frozen=True), guidance, null_class=config.num_classes)
     shape = (len(y), config.in_channels, config.image_size, config.image_size)
-    x_T = torch.randn(shape, generator=generator, device=device, dtype=dtype)  # not in `_sample`: the network's dtype
+    x_T = torch.randn(shape, generator=generator, device="cpu", dtype=dtype).to(device)  # here for the dtype of the network
     steps = STEPS[sampler] if steps is None else steps
     return sample(network, shape, y, steps=steps, generator=generator, x_T=x_T, on_step=on_step)
 

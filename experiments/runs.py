@@ -25,11 +25,11 @@ from torch import Tensor
 import train
 from config import TrainConfig
 from dataset import load_mnist
-from diffusion import GaussianDiffusion
 from dit import DiT
 from evaluate import Classifier, accuracy, distribution_metrics, sample_images, trained_classifier
 from experiments import study
 from experiments.study import COLUMNS, REAL, STEPS, TABLE, Network, Setting
+from inference import generate
 from runtime.checkpoint import CheckpointError
 from runtime.files import write_atomically
 from runtime.pictures import as_bytes
@@ -60,12 +60,12 @@ class Worker:
     """
 
     def __init__(self, recipe: TrainConfig, folder: Path, table: Path, classifier: Classifier | None = None):
-        self.device = pick_device(recipe.device)
-        self.recipe = replace(recipe, compile=recipe.compile and self.device.type == "cpu")  # see `Network.config`
+        device = pick_device(recipe.device)
+        self.recipe = replace(recipe, compile=recipe.compile and device.type == "cpu")  # see `Network.config`
         self.folder, self.table, self.samples = folder, table, table.with_name("samples")
         for path in (folder, self.samples):
             path.mkdir(parents=True, exist_ok=True)
-        self.train_set, self.test_set = (load_mnist(training, recipe.data_dir, self.device, recipe.limit)
+        self.train_set, self.test_set = (load_mnist(training, recipe.data_dir, device, recipe.limit)
                                          for training in (True, False))
         with locked(folder / "classifier.lock", wait=True):
             self.classifier = classifier or trained_classifier(Path(recipe.data_dir) / "classifier.pth", self.train_set)
@@ -123,10 +123,7 @@ class Worker:
 
     def save_strip(self, network: Network, ema: DiT) -> None:
         """Ten digits side by side, from the same noise for every network, for Figure 7."""
-        y, side = torch.arange(10, device=self.device), ema.config.image_size
-        x_T = torch.randn(10, 1, side, side, generator=torch.Generator().manual_seed(0))  # on the CPU: a GPU's are others
-        images = GaussianDiffusion().ddim_sample(ema, x_T.shape, y, steps=STEPS, x_T=x_T.to(self.device))
-        digits = as_bytes(images.cpu())  # (10, 1, H, W)
+        digits = as_bytes(generate(ema, torch.arange(10), sampler="ddim", steps=STEPS, guidance=1.0).cpu())  # (10, 1, H, W)
         strip = Image.fromarray(digits[:, 0].transpose(0, 1).flatten(1).contiguous().numpy())  # (H, 10 W)
         write_atomically(self.samples / f"{network.name}.png", lambda path: strip.save(path, format="PNG"))
 

@@ -1,6 +1,7 @@
 """What makes the scripts fast and changes no result except by rounding. Nothing here is needed to understand the others."""
 
 import ctypes
+import os
 import sys
 import warnings
 
@@ -38,7 +39,7 @@ def compiled(model: DiT, batch_size: int) -> nn.Module:
     config, device = model.config, model.pos_embed.device
     x_t = torch.zeros(batch_size, config.in_channels, config.image_size, config.image_size, device=device)
     t = y = torch.zeros(batch_size, dtype=torch.long, device=device)
-    if model.training:  # not a second time for the EMA model
+    if model.training and os.environ.get("RANK", "0") == "0":  # once: not for the EMA model, nor in each process of torchrun
         tqdm.write("compiling the network; --no-compile skips this")
     warnings.filterwarnings("ignore", "TensorFloat32")  # which gains nothing at these widths (benchmarks/README.md)
     # On a GPU, CUDA graphs: the kernels of so small a network take less time than Python needs to start them.
