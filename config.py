@@ -46,10 +46,9 @@ class ModelConfig:
                      f"{part} {getattr(self, part)} does not divide {size} {getattr(self, size)}")
         _require(self.hidden_size % 4 == 0,
                  f"hidden_size {self.hidden_size} is not a multiple of 4, which the 2-D position table needs")
-        _require_within(self, "mlp_ratio", 1 / self.hidden_size, 64)  # at least one hidden unit
-        _require_within(self, "class_dropout_prob", 0, 1)
-        for name in ("label_init_std", "time_init_std"):
-            _require_within(self, name, 0, 100)
+        for name, most in (("mlp_ratio", 64), ("class_dropout_prob", 1), ("label_init_std", 100), ("time_init_std", 100)):
+            _require_within(self, name, 0, most)
+        _require(int(self.hidden_size * self.mlp_ratio) >= 1, f"mlp_ratio {self.mlp_ratio} leaves the MLP no hidden unit")
 
     @property
     def out_channels(self) -> int:
@@ -76,7 +75,7 @@ class TrainConfig:
     data_dir: str = option("mnist", "directory that holds MNIST/raw/ with the four archives")
     checkpoint: str = option("model.pth", "file for the weights; model.resume.pth, loss.csv and the pictures go next to it")
     checkpoint_every: int = option(1000, "steps between two checkpoints")
-    device: str = option("auto", "cpu, cuda, mps, ...; auto is a GPU when there is one")
+    device: str = option("auto", "cpu, cuda, mps, ...; auto is a GPU if there is one")
     compile: bool = option(True, "make the step faster: blocks in C++ on a CPU, else torch.compile (half a minute)")
 
     def __post_init__(self):

@@ -32,7 +32,7 @@ class Digits:
         """The chosen images as float32 in [-1, 1], and their labels."""
         return self.images[index].float() / 127.5 - 1, self.labels[index]
 
-    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    def batch_indices(self, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
         """The indices of one epoch in a new random order, (batch_size,) at a time; an incomplete last batch is dropped."""
         order = torch.randperm(len(self), generator=generator).to(self.labels.device)
         for start in range(0, len(self) - batch_size + 1, batch_size):

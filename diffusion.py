@@ -167,37 +167,36 @@ class GaussianDiffusion:
         return (_at(self.alpha_bar_prev.sqrt(), t, x_t) * x_0_hat
                 + _at(direction, t, x_t) * eps_hat + _at(variance.sqrt(), t, x_t) * z)
 
-    def ddpm_sample(self, model: Model, shape: tuple[int, ...], y: Tensor, *, steps: int | None = None,
-                    generator: torch.Generator | None = None, x_T: Tensor | None = None, clip: bool = True,
+    def ddpm_sample(self, model: Model, x_T: Tensor, y: Tensor, *, steps: int | None = None,
+                    generator: torch.Generator | None = None, clip: bool = True,
                     on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Ancestral sampling, x_T ~ N(0, I) down to x_0 (DDPM Algorithm 2), in `steps` respaced steps; default: all T.
 
-        shape: (N, C, H, W); y: (N,) labels, whose device is used; x_T: the starting noise instead of a random one.
+        x_T: (N, C, H, W), noise; y: (N,) labels.
         generator: on the CPU, where noise is drawn, so that a seed gives the same digits on every device.
         on_step(t, x_t) is called with every image on the way, from x_T with t = T to the result with t = 0 (the papers' t).
         Returns (N, C, H, W).
         """
         chain = self.respaced(len(self) if steps is None else steps)
-        return chain._sample(chain.ddpm_step, model, shape, y, generator, x_T, on_step, clip=clip)
+        return chain._sample(chain.ddpm_step, model, x_T, y, generator, on_step, clip=clip)
 
-    def ddim_sample(self, model: Model, shape: tuple[int, ...], y: Tensor, *, steps: int, eta: float = 0.0,
-                    generator: torch.Generator | None = None, x_T: Tensor | None = None, clip: bool = True,
+    def ddim_sample(self, model: Model, x_T: Tensor, y: Tensor, *, steps: int, eta: float = 0.0,
+                    generator: torch.Generator | None = None, clip: bool = True,
                     on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """DDIM sampling (DDIM section 4.2) in `steps` of the T steps; the rest as in `ddpm_sample`. eta in [0, 1]."""
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {eta}")
         chain = self.respaced(steps)
-        return chain._sample(chain.ddim_step, model, shape, y, generator, x_T, on_step, clip=clip, eta=eta)
+        return chain._sample(chain.ddim_step, model, x_T, y, generator, on_step, clip=clip, eta=eta)
 
     @torch.no_grad()
-    def _sample(self, step, model, shape, y, generator, x_T, on_step, **step_settings) -> Tensor:
-        x_t = torch.randn(shape, generator=generator, device="cpu").to(y.device) if x_T is None else x_T
+    def _sample(self, step, model, x_t, y, generator, on_step, **step_settings) -> Tensor:
         for i in reversed(range(len(self))):
             time = int(self.timesteps[i])
             if on_step:
                 on_step(time + 1, x_t)
             out = model(x_t, torch.full_like(y, time), y)
-            z = torch.randn(shape, generator=generator, device="cpu", dtype=x_t.dtype).to(y.device)  # unused if eta = 0
+            z = torch.randn(x_t.shape, generator=generator, device="cpu", dtype=x_t.dtype).to(x_t.device)
             x_t = step(x_t, torch.full_like(y, i), out, z, **step_settings)
         if on_step:
             on_step(0, x_t)

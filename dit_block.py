@@ -72,7 +72,7 @@ class InContextBlock(nn.Module):
     ignores c.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
@@ -91,7 +91,7 @@ class CrossAttentionBlock(nn.Module):
     x: (N, L, D); c: (N, 2, D), the sequence of the two tokens t and y -> (N, L, D).
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
@@ -113,7 +113,7 @@ class AdaLNBlock(nn.Module):
     x: (N, L, D), c: (N, D) -> (N, L, D).
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
@@ -134,7 +134,7 @@ class DiTBlock(nn.Module):
     `DiT.initialize_weights` sets adaLN_modulation to zero: all gates are 0 and a new block is the identity.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)

@@ -6,7 +6,7 @@
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports gives no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, ends without a traceback
 
 import argparse
 import json
@@ -83,7 +83,7 @@ def trained_classifier(file: Path, train_set: Digits, epochs: int = EPOCHS) -> C
         if not os.access(file.parent, os.W_OK):  # before minutes of work
             raise OSError(f"{file} cannot be written: copy the data to another directory, and name that with --data-dir")
         order = torch.Generator().manual_seed(0)
-        batches = [index for _ in range(epochs) for index in train_set.batches(BATCH_SIZE, order)]
+        batches = [index for _ in range(epochs) for index in train_set.batch_indices(BATCH_SIZE, order)]
         optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.005, total_steps=len(batches))
         for index in tqdm(batches, desc="training the classifier", unit="step", mininterval=0.5):
@@ -108,7 +108,7 @@ def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
 
 
 def fid(real: Tensor, generated: Tensor) -> float:
-    """Frechet distance of features (N, D) and (M, D): |m - m'|^2 + tr(C + C' - 2 (C C')^1/2) (Heusel et al. 2017).
+    """Fréchet distance of features (N, D) and (M, D): |m - m'|^2 + tr(C + C' - 2 (C C')^1/2) (Heusel et al. 2017).
 
     m, C: mean and covariance. Not comparable with Inception FID, nor across numbers of images: fewer give a higher FID.
     """
@@ -118,7 +118,7 @@ def fid(real: Tensor, generated: Tensor) -> float:
 
 
 def coverage_metrics(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
-    """Precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) of features (N, D), (M, D).
+    """Precision, recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020) of features (N, D), (M, D).
 
     Each point has a ball that reaches to its k-th nearest neighbour in its own set. Precision: share of generated points in
     balls of real ones. Recall: share of real points in balls of generated ones. Density: real balls around a generated
@@ -147,15 +147,15 @@ def distribution_metrics(classifier: Classifier, test_images: Tensor, images: Te
 def evaluate(images: Tensor, labels: Tensor, classifier: Classifier, train_set: Digits, test_set: Digits) -> dict[str, dict]:
     """Every metric: name -> {"generated": its value for the images, "real": the same for real images}.
 
-    images: (N, 1, 28, 28) in [-1, 1]; labels: (N,), what was asked for. The real images are the test images; for what
-    compares with the test images, they are the first N training images.
+    images: (N, 1, 28, 28) in [-1, 1]; labels: (N,), those requested; real: test images, or N training images against these.
     """
     (training, _), (test_images, test_labels) = train_set[:], test_set[:]
-    generated, real = ({"accuracy": accuracy(classifier, seen, wanted),
-                        **distribution_metrics(classifier, test_images, compared),
-                        "memorised": memorised(seen, training)}
-                       for seen, wanted, compared in ((images, labels, images),
-                                                      (test_images, test_labels, training[:len(images)])))
+
+    def metrics(classified: Tensor, wanted: Tensor, compared: Tensor) -> dict[str, float]:
+        return {"accuracy": accuracy(classifier, classified, wanted),
+                **distribution_metrics(classifier, test_images, compared), "memorised": memorised(classified, training)}
+
+    generated, real = metrics(images, labels, images), metrics(test_images, test_labels, training[:len(images)])
     return {name: {"generated": generated[name], "real": real[name]} for name in real}
 
 
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--data-dir", type=Path, default=Path("mnist"), help="directory with MNIST/raw/ and the classifier (default: mnist)")
     add("--bpd", type=int, nargs="?", const=MNIST_TEST_IMAGES, default=0, metavar="N",
         help="also measure the NLL bound of N test images (no N: all of them): 1000 evaluations each, without guidance")
-    add("--json", type=Path, metavar="FILE", help="also write the results there")
+    add("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     args = parser.parse_args(argv)
     check_options(parser, args, [args.json], n=(100, 20_000), bpd=(0, MNIST_TEST_IMAGES))
     keep_freed_memory()

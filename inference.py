@@ -8,7 +8,7 @@
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports gives no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, ends without a traceback
 
 import argparse
 import sys
@@ -37,7 +37,7 @@ def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm
              on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
     """Sample one image per label. labels: (N,) ints in [0, num_classes]; returns (N, C, H, W) in [-1, 1].
 
-    sampler, steps: "ddpm" (1000 by default) or "ddim" (50); eta: noise of ddim, in [0, 1]; guidance: 1 is none;
+    sampler, steps: "ddpm" (1000 by default) or "ddim" (50); eta: noise of ddim, in [0, 1]; guidance: 1 turns it off;
     on_step(t, x_t): see `GaussianDiffusion.ddpm_sample`. ValueError if one is out of range.
     """
     if sampler not in STEPS:
@@ -45,14 +45,15 @@ def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm
     if eta and sampler != "ddim":
         raise ValueError("eta needs the sampler ddim")
     config, device, dtype = model.config, model.pos_embed.device, model.pos_embed.dtype
+    if guidance != 1 and config.class_dropout_prob == 0:
+        raise ValueError("the network was trained without a null class: guidance must be 1")
     y = as_labels(labels, config.num_classes).to(device)
     diffusion, generator = GaussianDiffusion(), torch.Generator().manual_seed(seed)
     sample = diffusion.ddpm_sample if sampler == "ddpm" else partial(diffusion.ddim_sample, eta=eta)
     network = guided(fused(model, frozen=True), guidance, null_class=config.num_classes)
     shape = (len(y), config.in_channels, config.image_size, config.image_size)
-    x_T = torch.randn(shape, generator=generator, device="cpu", dtype=dtype).to(device)  # here for the dtype of the network
-    steps = STEPS[sampler] if steps is None else steps
-    return sample(network, shape, y, steps=steps, generator=generator, x_T=x_T, on_step=on_step)
+    x_T = torch.randn(shape, generator=generator, device="cpu", dtype=dtype).to(device)  # DDPM Algorithm 2, line 1
+    return sample(network, x_T, y, steps=STEPS[sampler] if steps is None else steps, generator=generator, on_step=on_step)
 
 
 def as_labels(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
@@ -69,13 +70,12 @@ def sample_pictures(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     """What the command line asks for. CheckpointError or OSError with a one-sentence message."""
     model = load_sampling_model(args)
     print(f"{args.described}, with eps_hat = eps(null) + guidance (eps(digit) - eps(null))")
-    count = len(args.digits) * args.per_digit
-    per_row = args.per_digit if args.per_digit > 1 else count  # in the animation
-    sizes = [(count, args.columns) if args.columns > 1 else (len(args.digits), args.per_digit),
-             *([(count // per_row, per_row)] if args.gif else [])]
+    y = torch.tensor(args.digits).repeat_interleave(args.per_digit)
+    per_row = args.per_digit if args.per_digit > 1 else len(y)  # in the animation
+    sizes = [(len(y), args.columns) if args.columns > 1 else (len(args.digits), args.per_digit),
+             *([(len(y) // per_row, per_row)] if args.gif else [])]
     if not all(fits(*size, model.config.image_size) for size in sizes):
         parser.error("the picture is too large: try fewer --digits, --per-digit or --columns")
-    y = torch.tensor(args.digits).repeat_interleave(args.per_digit)
     all_times = [*(GaussianDiffusion().respaced(args.steps).timesteps.flip(0) + 1).tolist(), 0]
     times = denser_at_the_end(all_times, args.columns)
     frames = denser_at_the_end(all_times, 31) if args.gif else []
@@ -120,7 +120,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--sampler", choices=tuple(STEPS), default="ddpm", help=f"ancestral sampling, or DDIM {default}")
     add("--steps", type=int, help=f"at most {T} (default: {', '.join(f'{n} for {name}' for name, n in STEPS.items())})")
     add("--eta", type=float, default=0.0, help=f"noise of ddim: 0 is none, 1 as much as ddpm {default}")
-    add("--guidance", type=float, default=GUIDANCE, metavar="S", help=f"strength of the guidance; 1 is none {default}")
+    add("--guidance", type=float, default=GUIDANCE, metavar="S", help=f"strength of the guidance; 1 turns it off {default}")
     add("--seed", type=int, default=0, help=f"random seed of the noise {default}")
     add("--checkpoint", type=Path, default=Path("model.pth"), help=f"the weights {default}")
     add("--device", default="auto", help=f"cpu, cuda, mps, ...; auto is a GPU if there is one {default}")

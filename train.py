@@ -24,8 +24,9 @@ from torch import nn
 
 from config import FAMILY, GUIDANCE, PAPER, ModelConfig, TrainConfig
 from dataset import Digits, load_mnist
-from diffusion import GaussianDiffusion, guided
+from diffusion import GaussianDiffusion
 from dit import DiT
+from inference import generate
 from runtime.distributed import Ranks, joined_ranks
 from runtime.files import here_or_in_project
 from runtime.run import Run, RunFiles
@@ -72,12 +73,10 @@ def held_out_loss(model: nn.Module, diffusion: GaussianDiffusion, digits: Digits
     return total / len(digits)
 
 
-def sample_digits(ema: nn.Module, diffusion: GaussianDiffusion, config: ModelConfig, device: torch.device) -> torch.Tensor:
+def sample_digits(ema: DiT) -> torch.Tensor:
     """One sample of each digit, (10, 1, H, W), from the same noise at every call."""
-    y = torch.arange(config.num_classes, device=device)
-    x_T = torch.randn(len(y), 1, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
-    network = guided(ema, GUIDANCE if config.class_dropout_prob else 1, null_class=config.num_classes)
-    return diffusion.ddim_sample(network, x_T.shape, y, steps=SAMPLE_STEPS, x_T=x_T.to(device))
+    guidance = GUIDANCE if ema.config.class_dropout_prob else 1.0
+    return generate(ema, range(ema.config.num_classes), sampler="ddim", steps=SAMPLE_STEPS, guidance=guidance)
 
 
 def samples_due(epoch: int, epochs: int) -> bool:
@@ -105,8 +104,8 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
     model = DiT(cfg.model).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, cfg)
-    noise = torch.Generator(device).manual_seed(cfg.seed)  # t, eps and dropped labels: the same for every network
-    with Run(cfg, ranks, model, ema, optimizers, noise, len(train_set)) as run:
+    generator = torch.Generator(device).manual_seed(cfg.seed)  # of t, eps and dropped labels: the same for every network
+    with Run(cfg, ranks, model, ema, optimizers, generator, len(train_set)) as run:
         run.begin(resume)
         network, fast_ema = model, ema
         if cfg.compile:
@@ -115,20 +114,22 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
 
         for epoch in run.epochs():
             for x_0, y in run.batches(train_set):  # DDPM Algorithm 1
-                t, eps = diffusion.draw_t_and_eps(x_0, noise)
-                y = model.y_embedder.drop(y, noise)  # CFG Algorithm 1
-                loss = diffusion.loss(network, *ranks.share(x_0, y, t, eps), cfg.loss, cfg.min_snr)
+                t, eps = diffusion.draw_t_and_eps(x_0, generator)
+                y = model.y_embedder.drop(y, generator)  # CFG Algorithm 1
+                x_0, y, t, eps = ranks.share(x_0, y, t, eps)  # all of it, unless several processes train
+                loss = diffusion.loss(network, x_0, y, t, eps, cfg.loss, cfg.min_snr)
                 loss.backward()
+                lr = learning_rate(run.step, run.total_steps, cfg)
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
-                        group["lr"] = learning_rate(run.step, run.total_steps, cfg)
+                        group["lr"] = lr
                     optimizer.step()
                     optimizer.zero_grad()
                 update_ema(ema, model, run.step + 1, cfg.ema_decay)
                 run.end_step(loss)
             run.end_epoch(held_out_loss(fast_ema, diffusion, test_set, cfg.loss))
             if samples_due(epoch, cfg.epochs):
-                run.add_samples(sample_digits(ema, diffusion, cfg.model, device))
+                run.add_samples(sample_digits(ema))
     return ema
 
 

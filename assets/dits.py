@@ -10,7 +10,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from config import ModelConfig
 from dit import DiT
-from runtime.pictures import save_picture
+from runtime.pictures import DPI, save_picture
 
 FIXED, LEARNED, CONDITION, DATA = "#e8e8e8", "#cfe2f3", "#fce5cd", "#ffffff"
 
@@ -39,7 +39,7 @@ def arrow(axes: Axes, x_1: float, y_1: float, x_2: float, y_2: float, label: str
     axes.add_patch(FancyArrowPatch((x_1, y_1), (x_2, y_2), arrowstyle="-|>", mutation_scale=8, color=color, linewidth=0.9,
                                    shrinkA=0, shrinkB=0))
     if label:
-        axes.text((x_1 + x_2) / 2 + side, (y_1 + y_2) / 2, label, fontsize=6.5, color="#333333", va="center",
+        axes.text((x_1 + x_2) / 2 + side, (y_1 + y_2) / 2, label, fontsize=7.5, color="#333333", va="center",
                   ha="left" if side > 0 else "right")
 
 
@@ -59,13 +59,13 @@ def architecture() -> Figure:
     model = DiT(config)
     shape = shapes(model)
     D, L, p = config.hidden_size, model.pos_embed.shape[1], config.patch_size
-    figure = Figure(figsize=(10.5, 7), dpi=100, layout="constrained")
+    figure = Figure(figsize=(9.4, 7), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    axes.set(xlim=(-2.2, 13.3), ylim=(-0.3, 10.3))
+    axes.set(xlim=(-0.4, 13.3), ylim=(-0.3, 10.3))
     axes.set_axis_off()
 
     # The whole network
-    axes.text(2.4, 10.1, "DiT", fontsize=11, weight="bold", ha="center")
+    axes.text(3.1, 10.1, "DiT", fontsize=11, weight="bold", ha="center")
     image = f"(N, {config.in_channels}, {config.image_size}, {config.image_size})"
     whole = column(axes, 1.2, [
         ("x_t, a noised image", DATA, image),
@@ -73,9 +73,9 @@ def architecture() -> Figure:
         (f"+ pos_embed (1, {L}, {D})", FIXED, shape["x_embedder"]),
         (f"DiTBlock x {config.depth}", LEARNED, shape["blocks.0"]),
         ("LayerNorm\nx (1 + scale) + shift", FIXED, shape["final_layer.norm_final"]),
-        (f"Linear({D}, {p * p * config.out_channels})\nzero at the start", LEARNED, shape["final_layer"]),
+        (f"Linear({D}, {p * p * config.out_channels})\ninitialised to zero", LEARNED, shape["final_layer"]),
         ("unpatchify", FIXED, image),
-        ("eps_hat, the noise in it", DATA, ""),
+        ("eps_hat, predicted noise", DATA, ""),
     ], top=9.4, gap=1.25)
     condition = column(axes, 5.0, [
         ("t, y: time and digit", DATA, "(N,), (N,)"),
@@ -86,9 +86,9 @@ def architecture() -> Figure:
     box(axes, 5.0, c, "c", CONDITION, width=0.7)
     arrow(axes, 4.65, c - 0.1, 2.55, whole[3], color="#c27c0e")
     arrow(axes, 5.0, c - 0.32, 5.0, whole[4] + 0.32, color="#c27c0e")
-    box(axes, 5.0, whole[4], f"SiLU, Linear({D}, {2 * D})\nzero at the start", LEARNED)
+    box(axes, 5.0, whole[4], f"SiLU, Linear({D}, {2 * D})\ninitialised to zero", LEARNED)
     arrow(axes, 3.68, whole[4], 2.55, whole[4], color="#c27c0e")
-    axes.text(3.12, whole[4] + 0.1, "shift, scale", fontsize=6.5, color="#a0650a", ha="center", va="bottom")
+    axes.text(3.12, whole[4] + 0.1, "shift, scale", fontsize=7.5, color="#a0650a", ha="center", va="bottom")
 
     # A block
     axes.text(10.2, 10.1, "DiTBlock, adaLN-Zero", fontsize=11, weight="bold", ha="center")
@@ -123,11 +123,11 @@ def architecture() -> Figure:
     box(axes, 8.0, 7.0, "c", CONDITION, width=0.7)
     arrow(axes, 8.0, 6.68, 8.0, 5.92, color="#c27c0e")
     box(axes, 8.0, 5.6, f"SiLU,\nLinear({D}, {6 * D})", LEARNED, width=1.5)
-    axes.text(8.0, 5.15, "zero at the start;\nsix vectors", fontsize=6.5, color="#a0650a", ha="center", va="top")
+    axes.text(8.0, 5.15, "initialised to zero;\nsix vectors", fontsize=7.5, color="#a0650a", ha="center", va="top")
     axes.plot([8.77, 8.92, 8.92, 8.92], [5.6, 5.6, block[1], block_2[3]], color="#c27c0e", linewidth=0.9)
     for name, y in (("shift, scale", block[1]), ("gate", block[3]), ("shift, scale", block_2[1]), ("gate", block_2[3])):
         arrow(axes, 8.92, y, x - 1.35, y, color="#c27c0e")
-        axes.text(x - 1.4, y + 0.1, name, fontsize=6.5, color="#a0650a", ha="right", va="bottom")
+        axes.text(x - 1.4, y + 0.1, name, fontsize=7.5, color="#a0650a", ha="right", va="bottom")
     for i, (color, text) in enumerate(((LEARNED, "trained"), (FIXED, "fixed"), (CONDITION, "condition"))):
         box(axes, 3.9 + 1.15 * i, 0.7, text, color, width=1.0, height=0.4)
     return figure

@@ -1,1 +1,1 @@
-"""Speed: the scripts behind every figure, run with `python -m benchmarks.NAME`."""
+"""Speed, measured: run with `python -m benchmarks.NAME`."""

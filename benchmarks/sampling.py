@@ -1,4 +1,4 @@
-"""The time of a sampling step next to its roofline (see benchmarks/measure.py).
+"""The time of a sampling step compared with its roofline (see benchmarks/measure.py).
 
     python -m benchmarks.sampling                   ten digits, as inference.py samples them
     python -m benchmarks.sampling --batch-size 125  as evaluate.py samples thousands
@@ -22,7 +22,8 @@ STEPS = 100  # per measurement
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    for name, default in (("batch-size", 10), ("hidden-size", 64), ("depth", 3), ("patch-size", 4), ("rounds", 5)):
+    for name, default in (("batch-size", 10), ("hidden-size", ModelConfig.hidden_size), ("depth", ModelConfig.depth),
+                          ("patch-size", ModelConfig.patch_size), ("rounds", 5)):
         add(f"--{name}", type=int, default=default, metavar="N", help=f"(default: {default})")
     add("--guidance", type=float, default=1.0, help="(default: 1)")
     add("--device", default="auto")
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def plain() -> None:
         """The sampler with the network as it stands in dit.py."""
-        GaussianDiffusion().ddim_sample(network, x_T.shape, y, steps=STEPS, x_T=x_T)
+        GaussianDiffusion().ddim_sample(network, x_T, y, steps=STEPS)
 
     def fast() -> None:
         generate(model, y, sampler="ddim", steps=STEPS, guidance=args.guidance)

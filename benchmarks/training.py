@@ -1,4 +1,4 @@
-"""The time of a training step next to its roofline (see benchmarks/measure.py).
+"""The time of a training step compared with its roofline (see benchmarks/measure.py).
 
     python -m benchmarks.training --batch-size 300
     python -m benchmarks.training --batch-size 64 --scaling assets/step_time.png
@@ -31,7 +31,7 @@ def training_step(cfg: TrainConfig, device: torch.device, fast: bool) -> tuple[C
     torch.manual_seed(0)
     model = DiT(cfg.model).to(device)
     ema, optimizers, diffusion = copy.deepcopy(model), make_optimizers(model, cfg), GaussianDiffusion()
-    noise = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     images = torch.randint(0, 256, (4 * cfg.batch_size, 1, 28, 28), dtype=torch.uint8, device=device)
     data = Digits(images, torch.arange(len(images), device=device) % 10)
     index = torch.randperm(len(data), device=device)[:cfg.batch_size]
@@ -39,8 +39,8 @@ def training_step(cfg: TrainConfig, device: torch.device, fast: bool) -> tuple[C
 
     def gradients() -> None:
         x_0, y = data[index]
-        t, eps = diffusion.draw_t_and_eps(x_0, noise)
-        y = model.y_embedder.drop(y, noise)
+        t, eps = diffusion.draw_t_and_eps(x_0, generator)
+        y = model.y_embedder.drop(y, generator)
         diffusion.loss(network, x_0, y, t, eps, cfg.loss, cfg.min_snr).backward()
 
     def step() -> None:
@@ -83,7 +83,8 @@ def step_time(points: list[tuple[str, int, float, float]]) -> Figure:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    for name, default in (("batch-size", 300), ("hidden-size", 64), ("depth", 3), ("patch-size", 4), ("rounds", 10)):
+    for name, default in (("batch-size", 300), ("hidden-size", ModelConfig.hidden_size), ("depth", ModelConfig.depth),
+                          ("patch-size", ModelConfig.patch_size), ("rounds", 10)):
         add(f"--{name}", type=int, default=default, metavar="N", help=f"(default: {default})")
     add("--device", default="auto")
     add("--scaling", type=Path, metavar="FILE", help="measure the models of config.FAMILY instead, and plot their times")

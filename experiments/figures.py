@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -23,7 +22,7 @@ from config import BLOCKS, FAMILY
 from experiments.study import CURVE_IMAGES, FINAL_IMAGES, GUIDED, REAL, RECIPE, SIZES, TABLE, Network, Rows, read, select
 from experiments.tables import all_tables
 from runtime.files import write_atomically
-from runtime.pictures import DPI, save_picture, tile
+from runtime.pictures import DPI, save_picture, tidy, tile
 from runtime.script import exit_status, run_script
 
 PATCHES = (7, 4, 2)
@@ -72,15 +71,9 @@ def real_line(axes: Axes, rows: Rows, n: int, y: str = "FID") -> None:
 
 
 def finish(axes: Axes, ylabel: str = "FID", **labels) -> None:
-    """Labels and grid; FID on a logarithmic axis, whose ticks are at 1, 2, 5, 10, ..."""
-    axes.set(ylabel=ylabel, **labels)
-    if ylabel == "FID":
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3)
-    axes.tick_params(labelsize=8)
+    """Labels, ticks and grid; FID on a logarithmic axis."""
+    axes.set(ylabel=ylabel, yscale="log" if ylabel == "FID" else "linear", **labels)
+    tidy(axes, 1, 2, 5)
 
 
 def steps(row: dict) -> float:
@@ -144,6 +137,8 @@ def figure7(samples: Path) -> Figure:
         if path.exists():
             digits = torch.stack(pil_to_tensor(Image.open(path)).chunk(10, dim=2)) / 127.5 - 1  # (10, 1, H, W)
             axes.imshow(tile(digits.split(5)).numpy(), cmap="gray", vmin=-1, vmax=1)
+        else:
+            axes.text(0.5, 0.5, "not run yet", ha="center", transform=axes.transAxes)
     return figure
 
 
@@ -164,7 +159,7 @@ def figure8(rows: Rows) -> Figure:
             for x, mean, least, greatest in over_seeds(of_model, lambda row, column=column: row[column]):
                 points[name] = (x, mean)
                 axes.errorbar(x, mean, [[mean - least], [greatest - mean]], color=COLORS[name.split("/")[0]],
-                              marker=MARKERS[patch_of(name)], markerfacecolor="none" if name == IMPOSSIBLE else None,
+                              marker=MARKERS[patch_of(name)], markerfacecolor="white" if name == IMPOSSIBLE else None,
                               capsize=3 if greatest > least else 0)
                 axes.annotate(name, (x, mean), xytext=LABELS[patch_of(name)], textcoords="offset points", fontsize=8,
                               ha="center", va="center")

@@ -28,7 +28,7 @@ from dataset import load_mnist
 from dit import DiT
 from evaluate import Classifier, accuracy, distribution_metrics, sample_images, trained_classifier
 from experiments import study
-from experiments.study import COLUMNS, REAL, STEPS, TABLE, Network, Setting
+from experiments.study import COLUMNS, DDIM_STEPS, REAL, TABLE, Network, Setting
 from inference import generate
 from runtime.checkpoint import CheckpointError
 from runtime.files import write_atomically
@@ -119,11 +119,11 @@ class Worker:
     def append(self, row: dict) -> None:
         with locked(self.table, wait=True), self.table.open("a") as file:
             header = "" if file.tell() else ",".join(COLUMNS) + "\n"
-            file.write(header + study.line(row))  # one system call: whole or absent
+            file.write(header + study.line(row))  # one system call, so that the row is written whole or not at all
 
     def save_strip(self, network: Network, ema: DiT) -> None:
         """Ten digits side by side, from the same noise for every network, for Figure 7."""
-        digits = as_bytes(generate(ema, torch.arange(10), sampler="ddim", steps=STEPS, guidance=1.0).cpu())  # (10, 1, H, W)
+        digits = as_bytes(generate(ema, torch.arange(10), sampler="ddim", steps=DDIM_STEPS, guidance=1.0).cpu())
         strip = Image.fromarray(digits[:, 0].transpose(0, 1).flatten(1).contiguous().numpy())  # (H, 10 W)
         write_atomically(self.samples / f"{network.name}.png", lambda path: strip.save(path, format="PNG"))
 

@@ -19,7 +19,7 @@ CHANGES = {"muon": {}, "muon-0.002": {"lr": 0.002}, "muon-0.008": {"lr": 0.008},
            "adamw": {"optimizer": "adamw", "lr": 0.001, "min_snr": 0.0}}
 EPOCHS = (1, 2, 3, 5, 8, 11)  # of 937 steps, after which a network is measured: 10,307 steps in all
 CURVE_IMAGES, FINAL_IMAGES = 2_000, 10_000  # for a point of a curve, and at the end
-STEPS = 50  # of DDIM, which all images are sampled with
+DDIM_STEPS = 50  # per image, unless the measurement varies them
 SAMPLING_STEPS = (10, 20, 50, 100, 250, 1000)  # Figure 10, up to MAX_PER_IMAGE
 MAX_PER_IMAGE = 45e9  # multiply-adds
 STRENGTHS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)  # of guidance, for the models in GUIDED
@@ -62,7 +62,7 @@ class Setting:
     """When and how a network is measured."""
 
     epoch: int = EPOCHS[-1]
-    sampling_steps: int = STEPS
+    sampling_steps: int = DDIM_STEPS
     guidance: float = 1.0  # none
     n: int = CURVE_IMAGES
 
@@ -129,6 +129,6 @@ def missing(network: Network, settings: Sequence[Setting], rows: Rows) -> list[S
 
 def select(rows: Rows, **wanted) -> Rows:
     """The rows with these values; by default muon, adaLN-Zero, unguided, at the end of training. None: any value."""
-    wanted = {"recipe": "muon", "block": "adaLN-Zero", "sampling_steps": STEPS, "guidance": 1.0, "n": CURVE_IMAGES,
+    wanted = {"recipe": "muon", "block": "adaLN-Zero", "sampling_steps": DDIM_STEPS, "guidance": 1.0, "n": CURVE_IMAGES,
               "epoch": EPOCHS[-1]} | wanted
     return [row for row in rows if all(value is None or row[name] == value for name, value in wanted.items())]

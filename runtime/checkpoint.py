@@ -40,7 +40,7 @@ def printable(value: object) -> str:
 def save_checkpoint(path: str | Path, content: dict) -> None:
     """Write a dict of tensors and plain values, arbitrarily nested, with a checksum. Atomic; OSError if it fails."""
     content = {"format": FORMAT, **content}
-    buffer = io.BytesIO()  # written by Python and not by torch, because Python says why a disk refuses
+    buffer = io.BytesIO()  # written by Python and not by torch, whose errors do not say why a disk refuses
     torch.save({**content, "sha256": checksum(content)}, buffer)
     write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
@@ -110,7 +110,7 @@ def check_archive(file: BinaryIO, size: int) -> None:
         if sum(entry.file_size for entry in entries) > size or len(set(archive.namelist())) < len(entries):
             raise ValueError("its entries overlap")
         [pickled] = (archive.read(entry) for entry in entries if entry.filename.endswith("data.pkl"))
-    tuples = 20_000 + 4 * len(entries)  # a tensor takes four; nested 200,000 deep, as a dict's key, they crash Python
+    tuples = 20_000 + 4 * len(entries)  # a tensor needs four; 200,000 nested ones, as a dict's key, crash Python
     for instruction, value, _ in pickletools.genops(pickled):
         tuples -= instruction.name.startswith("TUPLE")
         if tuples < 0:

@@ -1,4 +1,4 @@
-"""Files: where they are looked for, how they are written whole or not at all, and what those of a run are called."""
+"""Finding files, writing them whole or not at all, and naming those of a run."""
 
 import os
 import secrets
@@ -11,7 +11,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 def here_or_in_project(path: str | Path) -> Path:
-    """`path`; or, if only that exists, the same path in this project's directory."""
+    """`path`, or the same path in this project's directory if only that exists."""
     return Path(path) if os.path.exists(path) or not os.path.exists(PROJECT / path) else PROJECT / path
 
 
@@ -70,7 +70,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def check_files(outputs: Iterable[Path | None], inputs: Iterable[Path | None] = ()) -> None:
-    """OSError if an output could not be written, or is an input or another output by whatever name."""
+    """OSError if an output could not be written, or is the same file as an input or another output."""
     known = [path for path in inputs if path]
     for path in filter(None, outputs):
         for other in known:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from runtime.files import write_atomically
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 GAP, ZOOM = 2, 2  # pixels between two images; screen pixels per pixel
@@ -95,12 +96,24 @@ def loss_curve(curve: list[dict], ylabel: str, weighted: str) -> "Figure":
 
     figure = Figure(figsize=(6, 3.5), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    for name, label in (("train_loss", f"training images{weighted}"), ("test_loss", "test images, EMA model, no weights")):
+    for name, label in (("train_loss", f"training images{weighted}"), ("test_loss", "test images, EMA model, unweighted")):
         axes.plot([row["epoch"] for row in curve], [row[name] for row in curve], ".-", markersize=3, label=label)
     axes.set(xlabel="epoch", ylabel=ylabel, yscale="log")
+    tidy(axes, 1, 2, 3, 4, 6)
     axes.legend()
-    axes.grid(alpha=0.3, which="both")
     return figure
+
+
+def tidy(axes: "Axes", *ticks: int) -> None:
+    """A faint grid and small labels; on a logarithmic y axis at `ticks` times 1, 10, 100, ..., as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_locator(LogLocator(subs=ticks))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    axes.tick_params(labelsize=8)
 
 
 def as_bytes(images: Tensor) -> Tensor:

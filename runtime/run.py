@@ -35,18 +35,18 @@ CURVE = {"epoch": "d", "step": "d", "train_loss": ".6f", "test_loss": ".6f", "se
 class Run:
     """A run of `cfg`. Within `with run:` no other run writes its files, and a first stop signal saves it and ends it.
 
-    images: how many there are to train on; noise: the generator of t, eps and dropped labels. OSError if the files
+    images: how many there are to train on; generator: of t, eps and dropped labels. OSError if the files
     could not be written.
     """
 
     def __init__(self, cfg: TrainConfig, ranks: Ranks, model: DiT, ema: DiT, optimizers: list[torch.optim.Optimizer],
-                 noise: torch.Generator, images: int):
+                 generator: torch.Generator, images: int):
         self.cfg, self.ranks, self.files = cfg, ranks, RunFiles(cfg)
-        self.model, self.ema, self.optimizers, self.noise = model, ema, optimizers, noise
+        self.model, self.ema, self.optimizers, self.generator = model, ema, optimizers, generator
         self.steps_per_epoch = images // cfg.batch_size
         self.total_steps = cfg.epochs * self.steps_per_epoch
         self.step = 0  # optimizer steps done
-        self.loss_sum = torch.zeros((), device=noise.device)  # over the current epoch; reading it waits for the GPU
+        self.loss_sum = torch.zeros((), device=generator.device)  # over the current epoch; reading it waits for the GPU
         self.curve: list[dict] = []  # the rows of loss.csv, one per epoch
         self.samples: list[dict] = []  # the rows of samples.png
         self.order = torch.Generator().manual_seed(cfg.seed)  # of the images
@@ -75,8 +75,8 @@ class Run:
 
     def begin(self, resume: bool) -> None:
         """Start, or continue from the state of a run of the same recipe. CheckpointError or TrainingError if it cannot."""
-        # torchrun restarts dead processes without --resume. A state of another launch is not theirs: they may have died
-        # before they set it aside.
+        # torchrun restarts dead processes without --resume. A state from another launch is not continued: this one may have
+        # died before it set that aside.
         if self.ranks.any(resume or (self.ranks.restarted and self.files.holds_state_of(self.ranks.launch))):
             self._continue()
         elif self.ranks.leads:
@@ -99,7 +99,7 @@ class Run:
                 self.files.save_weights(self.ema, self.step)
                 print(f"resumed at step {self.step} of {self.total_steps}")
                 if (before := state["recipe"]["epochs"]) != self.cfg.epochs and self.cfg.lr_schedule == "cosine":
-                    print(f"{self.cfg.epochs} epochs instead of {before} have another cosine: the learning rate jumps")
+                    print(f"the cosine now spans {self.cfg.epochs} epochs instead of {before}: the learning rate jumps")
                 if state["threads"] != torch.get_num_threads():
                     print(f"with {torch.get_num_threads()} threads instead of {state['threads']}: sums are taken in another "
                           "order, so the last bits may differ")
@@ -111,7 +111,7 @@ class Run:
         return {"weights": self.model.state_dict(), "ema": self.ema.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "step": self.step, "curve": self.curve, "samples": self.samples, "seconds": time.monotonic() - self.started,
-                "loss_sum": self.loss_sum, "order": self.order_at_epoch, "noise": self.noise.get_state(),
+                "loss_sum": self.loss_sum, "order": self.order_at_epoch, "noise": self.generator.get_state(),
                 "threads": torch.get_num_threads(), "launch": self.ranks.launch}
 
     def _restore(self, state: dict) -> None:
@@ -123,9 +123,9 @@ class Run:
         self.started -= state["seconds"]
         self.loss_sum.copy_(state["loss_sum"])
         self.order.set_state(state["order"])
-        self.noise.manual_seed(self.cfg.seed + self.step)
-        if len(state["noise"]) == len(self.noise.get_state()):  # else it is of another kind of device
-            self.noise.set_state(state["noise"])
+        self.generator.manual_seed(self.cfg.seed + self.step)
+        if len(state["noise"]) == len(self.generator.get_state()):  # else it is of another kind of device
+            self.generator.set_state(state["noise"])
 
     def epochs(self) -> Iterator[int]:
         """The numbers of the epochs that are not complete."""
@@ -136,7 +136,7 @@ class Run:
     def batches(self, data: Digits) -> Iterator[tuple[Tensor, Tensor]]:
         """The remaining batches (x_0, y) of the current epoch, in the order drawn for it."""
         self.order_at_epoch = self.order.get_state()
-        for index in islice(data.batches(self.cfg.batch_size, self.order), self._steps_of_epoch(), None):
+        for index in islice(data.batch_indices(self.cfg.batch_size, self.order), self._steps_of_epoch(), None):
             yield data[index]
 
     def _steps_of_epoch(self) -> int:

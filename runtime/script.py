@@ -91,7 +91,7 @@ def _error(parser: argparse.ArgumentParser, sentence: str) -> int:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" is a GPU when there is one, else Apple's, else the CPU. ValueError if absent."""
+    """The device of that name; "auto" is a GPU when there is one, else Apple's, else the CPU. ValueError if unusable."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":

@@ -1,4 +1,4 @@
-"""What makes the scripts fast and changes no result except by rounding. Nothing here is needed to understand the others."""
+"""What makes the scripts fast; it changes results by rounding only, and the other files can be read without it."""
 
 import ctypes
 import os

@@ -51,11 +51,11 @@ def test_images_come_scaled_to_minus_1_and_1():
 def test_an_epoch_is_every_image_once_in_a_new_order():
     digits = Digits(torch.zeros(103, 1, 1, 1, dtype=torch.uint8), torch.arange(103))
     generator = torch.Generator().manual_seed(0)
-    first, second = (list(digits.batches(10, generator)) for _ in range(2))
+    first, second = (list(digits.batch_indices(10, generator)) for _ in range(2))
     for order in (first, second):
         assert [len(batch) for batch in order] == 10 * [10] and len(set(torch.cat(order).tolist())) == 100  # 3 are left out
     assert not torch.equal(torch.cat(first), torch.cat(second))
-    assert torch.equal(torch.cat(list(digits.batches(10, torch.Generator().manual_seed(0)))), torch.cat(first))
+    assert torch.equal(torch.cat(list(digits.batch_indices(10, torch.Generator().manual_seed(0)))), torch.cat(first))
 
 
 def test_limit_takes_the_first_images_and_larger_ones_have_a_black_border():

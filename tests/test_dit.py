@@ -80,7 +80,8 @@ def test_the_family_spans_the_papers_range_and_holds_the_default_network():
     ({"num_heads": 3}, "num_heads 3 does not divide hidden_size 64"),
     ({"hidden_size": 66, "num_heads": 2}, "hidden_size 66 is not a multiple of 4"),
     ({"depth": 0}, "depth"), ({"patch_size": 0}, "patch_size"), ({"class_dropout_prob": 1.5}, "class_dropout_prob"),
-    ({"mlp_ratio": math.nan}, "mlp_ratio"), ({"label_init_std": -1.0}, "label_init_std"), ({"block": "adaln"}, "block"),
+    ({"mlp_ratio": math.nan}, "mlp_ratio"), ({"hidden_size": 196, "mlp_ratio": 1 / 196}, "no hidden unit"),
+    ({"label_init_std": -1.0}, "label_init_std"), ({"block": "adaln"}, "block"),
 ])
 def test_what_does_not_divide_is_refused(change, words):
     with pytest.raises(ValueError, match=words):

@@ -71,13 +71,13 @@ def test_mlp_has_the_tanh_gelu():
 
 
 def test_in_context_block():
-    block, x = random(InContextBlock(D, HEADS)), tokens()
+    block, x = random(InContextBlock(D, HEADS, 4.0)), tokens()
     h = x + block.attn(affine(block.norm1, x))
     close(block(x, tokens(2)), h + block.mlp(affine(block.norm2, h)))
 
 
 def test_cross_attention_block():
-    block, x, two = random(CrossAttentionBlock(D, HEADS)), tokens(), tokens(2)
+    block, x, two = random(CrossAttentionBlock(D, HEADS, 4.0)), tokens(), tokens(2)
     h = x + block.attn(affine(block.norm1, x))
     h = h + block.cross_attn(affine(block.norm2, h), two)
     close(block(x, two), h + block.mlp(affine(block.norm3, h)))
@@ -86,7 +86,7 @@ def test_cross_attention_block():
 @pytest.mark.parametrize("design", [AdaLNBlock, DiTBlock])
 def test_adaln_and_adaln_zero_blocks(design):
     """The order of the vectors: shift, scale and, in adaLN-Zero, gate of the attention, then of the MLP."""
-    block, x, c = random(design(D, HEADS)), tokens(), tokens()[:, 0]
+    block, x, c = random(design(D, HEADS, 4.0)), tokens(), tokens()[:, 0]
     h = x
     vectors = linear(F.silu(c), block.adaLN_modulation[1]).reshape(N, 2, -1, 1, D)  # (N, branch, 2 or 3, 1, D)
     for branch, part in enumerate((block.attn, block.mlp)):

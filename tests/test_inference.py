@@ -173,6 +173,13 @@ def test_settings_out_of_range(open_network, settings):
         generate(open_network, [1], **settings)
 
 
+def test_guidance_needs_a_null_class():
+    model = DiT(ModelConfig(hidden_size=16, depth=1, class_dropout_prob=0.0))
+    with pytest.raises(ValueError, match="trained without a null class"):
+        generate(model, [1], steps=1)
+    assert generate(model, [1], steps=1, guidance=1).shape == (1, 1, 28, 28)
+
+
 @contextmanager
 def default_dtype(dtype):
     torch.set_default_dtype(dtype)

@@ -279,7 +279,7 @@ def test_another_number_of_threads_or_epochs_is_reported(tmp_path, train_tiny):
     assert "with 1 threads" not in out and "cosine" not in out
     change_state(tmp_path, threads=7)
     _, out, _ = train_tiny(tmp_path, "--epochs", 2, "--resume")
-    assert "with 1 threads instead of 7" in out and "2 epochs instead of 1 have another cosine" in out
+    assert "with 1 threads instead of 7" in out and "the cosine now spans 2 epochs instead of 1" in out
 
 
 def test_a_state_from_another_kind_of_device_continues(tmp_path, train_tiny):

@@ -35,8 +35,8 @@ VECTOR_UNITS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512bw
 def fused(model: DiT, frozen: bool = False) -> DiT:
     """A copy of `model` that shares its parameters and has its blocks in C++; `model` itself where that is impossible.
 
-    That takes float32 on a CPU with AVX2 or AVX-512, a C++ compiler, and an adaLN or adaLN-Zero network with the blocks of
-    dit_block.py, not too large, whose sizes fill whole vectors and tiles. frozen: see `FusedBlocks`.
+    It needs float32 on a CPU with AVX2 or AVX-512, a C++ compiler, and the adaLN or adaLN-Zero blocks of dit_block.py, with
+    sizes that fill whole vectors and tiles and are not too large. frozen: see `FusedBlocks`.
     """
     if type(model) is not DiT or not model.adaptive or model.config.hidden_size > MAX_WIDTH:
         return model
