@@ -131,7 +131,8 @@ void linear(const float (*x)[IN], const float (*transposed)[OUT], const float* b
 template <int IN, int OUT>
 void linear_backward(const float (*x)[IN], const Linear<IN, OUT>& layer, const float (*d_y)[OUT], Linear<IN, OUT>& d_layer,
                      float (*d_x)[IN]) {
-    product<OUT, L, IN>(columns(d_y[0], OUT), x[0], IN, [&](int i, int j, vec value) { at(d_layer.weight[i] + j) += value; });
+    product<OUT, L, IN>(columns(d_y[0], OUT), x[0], IN,
+                        [&](int i, int j, vec value) { at(d_layer.weight[i] + j) += value; });
     for (int i = 0; i < L; i++)
         for (int j = 0; j < OUT; j += W) at(d_layer.bias + j) += at(d_y[i] + j);
     product<L, OUT, IN>(rows(d_y[0], OUT), layer.weight[0], IN, into(d_x[0], IN));
@@ -139,7 +140,7 @@ void linear_backward(const float (*x)[IN], const Linear<IN, OUT>& layer, const f
 
 // For x + gate * linear(h): adds to the layer's gradients, writes the gate's, and hands h's to put.
 //
-// linear(h) is not kept: with w and b the weight and bias of the layer, and G = d_y^T h, which the gradient of w needs anyway,
+// linear(h) is not kept: with w and b the weight and bias of the layer, and G = d_y^T h, which d_w needs anyway,
 //     d_gate[c] = sum_i d_y[i][c] (sum_j w[c][j] h[i][j] + b[c]) = sum_j w[c][j] G[c][j] + b[c] sum_i d_y[i][c]
 //     d_w[c][j] = gate[c] G[c][j]
 template <int IN, class Put>
