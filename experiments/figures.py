@@ -19,18 +19,31 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from config import BLOCKS, FAMILY
-from experiments.study import CURVE_IMAGES, FINAL_IMAGES, GUIDED, REAL, RECIPE, SIZES, TABLE, Network, Rows, read, select
+from experiments.study import (
+    CURVE_IMAGES,
+    FINAL_IMAGES,
+    GUIDED,
+    IMPOSSIBLE,
+    PATCHES,
+    REAL,
+    SIZES,
+    TABLE,
+    Network,
+    Rows,
+    over_seeds,
+    read,
+    select,
+    training_compute,
+)
 from experiments.tables import all_tables
 from runtime.files import write_atomically
 from runtime.pictures import DPI, save_picture, tidy, tile
 from runtime.script import exit_status, run_script
 
-PATCHES = (7, 4, 2)
 COLORS = dict(zip((*BLOCKS, *SIZES), ("C7", "C1", "C2", "C0", "C0", "C1", "C2", "C3"), strict=True))
 MARKERS = dict(zip(PATCHES, "s^o", strict=True))
 LINES = dict(zip(PATCHES, (":", "--", "-"), strict=True))
 LABELS = {7: (16, 0), 4: (-16, 0), 2: (16, 0)}  # offsets, so that labels of models with equal compute do not overlap
-IMPOSSIBLE = "S/7"  # 32 values of a token cannot hold the 49 noise values of its patch
 
 
 class NothingToDraw(Exception):
@@ -46,14 +59,6 @@ def found(rows: Rows) -> Rows:
 def varied(rows: Rows, column: str) -> Rows:
     """The rows, if they differ in this column: a picture against it needs two points."""
     return found(rows if len({row[column] for row in rows}) > 1 else [])
-
-
-def over_seeds(rows: Rows, x: Callable[[dict], float], y: str = "FID") -> list[tuple[float, float, float, float]]:
-    """(x, mean, least and greatest y) at each x, over the rows that share it."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(x(row), []).append(row[y])
-    return [(at, statistics.mean(values), min(values), max(values)) for at, values in sorted(groups.items())]
 
 
 def curve(axes: Axes, rows: Rows, x: Callable[[dict], float], y: str = "FID", **style) -> None:
@@ -78,11 +83,6 @@ def finish(axes: Axes, ylabel: str = "FID", **labels) -> None:
 
 def steps(row: dict) -> float:
     return row["step"] / 1000
-
-
-def training_compute(row: dict) -> float:
-    """Multiply-adds of the training so far: a backward pass costs two forward passes (DiT section 5)."""
-    return row["multiply_adds"] * RECIPE.batch_size * row["step"] * 3
 
 
 def sampling_compute(row: dict) -> float:

@@ -1,7 +1,8 @@
 """What the study trains and measures, and the table of what it found: results/runs.csv, one row per measurement."""
 
 import csv
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,8 @@ SAMPLING_STEPS = (10, 20, 50, 100, 250, 1000)  # Figure 10, up to MAX_PER_IMAGE
 MAX_PER_IMAGE = 45e9  # multiply-adds
 STRENGTHS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)  # of guidance, for the models in GUIDED
 GUIDED = ("B/4", "XL/4")
-SIZES = ("S", "B", "L", "XL")
+SIZES, PATCHES = ("S", "B", "L", "XL"), (7, 4, 2)
+IMPOSSIBLE = "S/7"  # 32 values of a token cannot hold the 49 noise values of its patch
 Rows = list[dict]
 REAL = "real images"  # instead of a run's name, in the rows that say what real images score
 
@@ -132,3 +134,16 @@ def select(rows: Rows, **wanted) -> Rows:
     wanted = {"recipe": "muon", "block": "adaLN-Zero", "sampling_steps": DDIM_STEPS, "guidance": 1.0, "n": CURVE_IMAGES,
               "epoch": EPOCHS[-1]} | wanted
     return [row for row in rows if all(value is None or row[name] == value for name, value in wanted.items())]
+
+
+def over_seeds(rows: Rows, x: Callable[[dict], float], y: str = "FID") -> list[tuple[float, float, float, float]]:
+    """(x, mean, least and greatest y) at each x, over the rows that share it."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(x(row), []).append(row[y])
+    return [(at, statistics.mean(values), min(values), max(values)) for at, values in sorted(groups.items())]
+
+
+def training_compute(row: dict) -> float:
+    """Multiply-adds of the training so far: a backward pass costs two forward passes (DiT section 5)."""
+    return row["multiply_adds"] * RECIPE.batch_size * row["step"] * 3

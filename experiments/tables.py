@@ -1,10 +1,25 @@
 """The tables of the report, in Markdown."""
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from config import BLOCKS, FAMILY
-from experiments.study import CURVE_IMAGES, EPOCHS, FINAL_IMAGES, GUIDED, REAL, Rows, select
+from experiments.study import (
+    CURVE_IMAGES,
+    EPOCHS,
+    FINAL_IMAGES,
+    GUIDED,
+    IMPOSSIBLE,
+    PATCHES,
+    REAL,
+    SIZES,
+    Rows,
+    over_seeds,
+    select,
+    training_compute,
+)
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -52,7 +67,43 @@ def rate_table(rows: Rows) -> str:
     return markdown(("model", "block", "recipe", "epochs", "FID"), lines)
 
 
+Curve = Sequence[tuple[float, float]]  # logarithms of compute and of FID, the former rising
+
+
+def at(curve: Curve, x: float) -> float:
+    """Its value at x, on the line between two points; NaN outside."""
+    for (x_0, y_0), (x_1, y_1) in pairwise(curve):
+        if x_0 <= x <= x_1:
+            return y_0 + (y_1 - y_0) * (x - x_0) / (x_1 - x_0)
+    return math.nan
+
+
+def crossing(small: Curve, large: Curve) -> float | None:
+    """Where `large`, which is above `small` at first, falls below it; None if it does not while both last."""
+    gaps = [(x, at(small, x) - at(large, x)) for x in sorted({x for x, _ in (*small, *large)})]
+    for (x_0, gap_0), (x_1, gap_1) in pairwise(gaps):
+        if gap_0 < 0 <= gap_1:
+            return x_0 + (x_1 - x_0) * gap_0 / (gap_0 - gap_1)
+    return None
+
+
+def crossing_table(rows: Rows) -> str:
+    """Figure 9: neighbours in size or in patch, and where the larger one's curve crosses the smaller one's."""
+    curves = {name: [(math.log(x), math.log(mean)) for x, mean, _, _ in over_seeds(mine, training_compute)]
+              for name in FAMILY if name != IMPOSSIBLE and len(mine := select(rows, model=name, epoch=None)) > 1}
+    pairs = [(f"{a}/{patch}", f"{b}/{patch}") for patch in PATCHES for a, b in pairwise(SIZES)]
+    pairs += [(f"{size}/{a}", f"{size}/{b}") for size in SIZES for a, b in pairwise(PATCHES)]
+    lines = []
+    for small, large in (pair for pair in pairs if curves.keys() >= set(pair)):
+        x, (end, fid) = crossing(curves[small], curves[large]), curves[small][-1]
+        meet = ("not yet", "") if x is None else (f"{math.exp(x):.1e}", f"{math.exp(at(curves[small], x)):.1f}")
+        lines.append((small, large, *meet, f"{math.exp(end):.1e}", f"{math.exp(fid):.2f}",
+                      f"{math.exp(at(curves[large], end)):.2f}"))
+    return markdown(("smaller", "larger", "meet at", "FID", "smaller ends at", "FID", "larger there: FID"), lines)
+
+
 def all_tables(rows: Rows) -> str:
     tables = {f"At the end of training, {FINAL_IMAGES:,} images": final_table,
-              f"Guidance, {CURVE_IMAGES:,} images": guidance_table, f"Learning rate, {CURVE_IMAGES:,} images": rate_table}
+              f"Guidance, {CURVE_IMAGES:,} images": guidance_table, f"Learning rate, {CURVE_IMAGES:,} images": rate_table,
+              f"Equal training compute in multiply-adds, {CURVE_IMAGES:,} images": crossing_table}
     return "\n".join(f"## {title}\n\n{make(rows)}" for title, make in tables.items())

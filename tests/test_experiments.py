@@ -13,7 +13,7 @@ from PIL import Image
 
 from config import BLOCKS, FAMILY
 from evaluate import Classifier
-from experiments import figures, runs, study
+from experiments import figures, runs, study, tables
 from experiments.study import CURVE_IMAGES, EPOCHS, REAL, Network, Setting
 
 TINY = replace(study.RECIPE, limit=300, batch_size=100, data_dir=str(ROOT / "mnist"), device="cpu", compile=False)
@@ -139,8 +139,8 @@ PICTURES = {f"{name}.png" for name in ("figure5", "figure6", "figure7", "figure8
 def test_every_picture_is_drawn_from_the_table(full_results):
     figures.draw(study.read(full_results / "runs.csv"), full_results)
     assert {path.name for path in full_results.glob("*.png")} == PICTURES
-    tables = (full_results / "tables.md").read_text()
-    assert "| B/4 | adaLN-Zero | muon | 8.35 | 255.8 | 3 |" in tables and "| XL/4 | 1.25 |" in tables
+    text = (full_results / "tables.md").read_text()
+    assert "| B/4 | adaLN-Zero | muon | 8.35 | 255.8 | 3 |" in text and "| XL/4 | 1.25 |" in text
 
 
 def test_pictures_without_rows_are_left_out(tmp_path, capsys):
@@ -159,3 +159,9 @@ def test_a_started_study_can_be_drawn(full_results):
 
 def test_correlation_is_of_the_logarithms():
     assert figures.correlation([(10**x, 5 * 10**(-2 * x)) for x in (1, 2, 4)]) == pytest.approx(-1)
+
+
+def test_where_curves_cross():
+    small, large = [(0, 2), (4, 1)], [(1, 2.5), (2.5, 1), (3, 0.5)]  # 2 - x / 4 and 3.5 - x
+    assert tables.crossing(small, large) == pytest.approx(2) and tables.at(small, 2) == 1.5
+    assert tables.crossing(large, small) is None and tables.crossing(small, [(1, 5), (4, 2)]) is None
