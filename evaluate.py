@@ -3,10 +3,10 @@
     python evaluate.py --sampler ddim --json results.json
 """
 
-import signal
+from runtime.start import before_torch
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, ends without a traceback
+if __name__ == "__main__":
+    before_torch()
 
 import argparse
 import json

@@ -5,10 +5,10 @@
     python inference.py --sampler ddim --columns 1 --per-digit 20      a sheet of 200 digits
 """
 
-import signal
+from runtime.start import before_torch
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, ends without a traceback
+if __name__ == "__main__":
+    before_torch()
 
 import argparse
 import sys
