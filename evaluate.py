@@ -147,7 +147,7 @@ def distribution_metrics(classifier: Classifier, test_images: Tensor, images: Te
 def evaluate(images: Tensor, labels: Tensor, classifier: Classifier, train_set: Digits, test_set: Digits) -> dict[str, dict]:
     """Every metric: name -> {"generated": its value for the images, "real": the same for real images}.
 
-    images: (N, 1, 28, 28) in [-1, 1]; labels: (N,), those requested; real: test images, or N training images against these.
+    images: (N, 1, 28, 28) in [-1, 1]; labels: (N,), as requested; real: test images; for distributions, N training images.
     """
     (training, _), (test_images, test_labels) = train_set[:], test_set[:]
 

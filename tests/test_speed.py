@@ -2,11 +2,12 @@
 
 import os
 import resource
+import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import TINY, run_script
+from conftest import ROOT, TINY, run_script
 
 from runtime import speed
 from runtime.fused import is_fused
@@ -76,3 +77,12 @@ def test_freed_memory_is_kept(forked):
         with forked.Pool(1) as pool:
             found.append(pool.apply(new_pages, (kept,)))
     assert found[1] < 100 < 10_000 < found[0], found
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
+def test_openmp_spins_less_unless_the_user_chose(settings, expected):
+    code = "import os; from runtime.start import before_torch; before_torch(); print(os.environ.get('GOMP_SPINCOUNT'))"
+    chosen = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=chosen | settings, capture_output=True, text=True)
+    assert ended.stdout.strip() == expected
