@@ -11,7 +11,13 @@ namespace {
 
 constexpr int L = TOKENS, D = WIDTH, M = MLP_WIDTH;
 constexpr int d = D / HEADS;  // width of a head
-constexpr int W = d % 16 == 0 ? 16 : d % 8 == 0 ? 8 : 4;  // floats in a vector; W divides d, D and M
+#ifdef __AVX512F__
+constexpr int REGISTER = 16, TILE_VECTORS = 4;  // floats in a vector register; see product()
+#else
+constexpr int REGISTER = 8, TILE_VECTORS = 2;
+#endif
+// Floats in a vector; W divides d, D and M. Vectors wider than a register would be kept in memory: 7 times slower.
+constexpr int W = d % REGISTER == 0 ? REGISTER : d % 8 == 0 ? 8 : 4;
 constexpr int LP = (L + W - 1) / W * W;  // L, padded to whole vectors
 
 typedef float vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
@@ -94,26 +100,32 @@ constexpr int divisor(int n, int most) {
     while (n % most) most--;
     return most;
 }
-#ifdef __AVX512F__
-constexpr int TILE_VECTORS = 4;  // 7 rows of 4 vectors and a row of B fill the 32 registers
-#else
-constexpr int TILE_VECTORS = 1;
-#endif
+
+// Columns j to j + V * W of the product below. Of the 32 registers of AVX-512, a tile of 7 rows fills 28; the others hold V
+// vectors of B and one of A. In this order of the loops GCC keeps all of them in registers.
+template <int ROWS, int K, int V, class A, class Put>
+inline void strip(A a, const float* b, int b_row, int j, Put put) {
+    constexpr int R = divisor(ROWS, ROWS < 7 ? ROWS : 7);
+    for (int i = 0; i < ROWS; i += R) {
+        vec tile[R][V] = {};
+        for (int k = 0; k < K; k++) {
+            vec row[V];
+            for (int v = 0; v < V; v++) row[v] = at(b + k * b_row + j + v * W);
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < V; v++) tile[r][v] += a(i + r, k) * row[v];
+        }
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) put(i + r, j + v * W, tile[r][v]);
+    }
+}
 
 // A B, with A(i, k) of ROWS x K and b[k * b_row + j] of K x COLUMNS: hands the vector at each (i, j) to put(i, j, vector).
 template <int ROWS, int K, int COLUMNS, class A, class Put>
 inline void product(A a, const float* b, int b_row, Put put) {
-    constexpr int R = divisor(ROWS, ROWS < 7 ? ROWS : 7);
-    constexpr int V = divisor(COLUMNS / W, TILE_VECTORS);
-    for (int j = 0; j < COLUMNS; j += V * W)
-        for (int i = 0; i < ROWS; i += R) {
-            vec tile[R][V] = {};
-            for (int k = 0; k < K; k++)
-                for (int v = 0; v < V; v++)
-                    for (int r = 0; r < R; r++) tile[r][v] += a(i + r, k) * at(b + k * b_row + j + v * W);
-            for (int r = 0; r < R; r++)
-                for (int v = 0; v < V; v++) put(i + r, j + v * W, tile[r][v]);
-        }
+    constexpr int VECTORS = COLUMNS / W, STRIPS = (VECTORS + TILE_VECTORS - 1) / TILE_VECTORS;
+    constexpr int V = (VECTORS + STRIPS - 1) / STRIPS, LAST = VECTORS % V;
+    for (int j = 0; j + V * W <= COLUMNS; j += V * W) strip<ROWS, K, V>(a, b, b_row, j, put);
+    if constexpr (LAST > 0) strip<ROWS, K, LAST>(a, b, b_row, COLUMNS - LAST * W, put);
 }
 
 // A: x, or its transpose, with `row` floats from one row of x to the next.
@@ -293,11 +305,6 @@ void attention_backward(const float (*qkv)[3 * D], const float (*d_out)[D], floa
 
 // ---- The block
 
-// Asks for memory that is needed soon; past the end of an array nothing happens.
-template <int WRITE, class T> void prefetch(const T* next) {
-    for (size_t i = 0; i < sizeof(T); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(next) + i, WRITE);
-}
-
 void forward(const Modulation& mod, const Parameters& w, const Transposed& wt, Image& out, Saved& s) {
     norm_modulate(s.x, mod.shift_attn, mod.scale_attn, scratch.normal, scratch.inverse_std, scratch.modulated);
     linear(scratch.modulated, wt.qkv, w.qkv.bias, s.qkv);
@@ -320,7 +327,6 @@ void backward(const Modulation& mod, const Parameters& w, const Saved& s, Image&
     linear_backward(scratch.modulated, w.fc1, scratch.slope, d_w.fc1, scratch.modulated);
     norm_modulate_backward(scratch.normal, scratch.inverse_std, mod.scale_mlp, scratch.modulated, d_x, d_mod.shift_mlp,
                            d_mod.scale_mlp);
-    prefetch<0>(&s + 1), prefetch<0>(&d_x + 1);  // the next image's
     gated_linear_backward(s.heads, w.proj, mod.gate_attn, d_x, d_w.proj, d_mod.gate_attn, into(scratch.branch[0], D));
     attention_backward(s.qkv, scratch.branch, scratch.d_qkv, scratch.head);
     norm_modulate(s.x, mod.shift_attn, mod.scale_attn, scratch.normal, scratch.inverse_std, scratch.modulated);
@@ -348,14 +354,14 @@ void transposed(int64_t depth, const Parameters* w, Transposed* wt, int threads)
 // x, out: (N, L, D); mod: (N, depth, 6, D); saved: (depth, N, saved_floats()), or null when no backward pass will follow.
 void blocks_forward(int64_t depth, int64_t N, const Image* x, const Modulation* mod, const Parameters* w,
                     const Transposed* wt, Image* out, Saved* saved, int threads) {
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < N; n++)
-        for (int64_t b = 0; b < depth; b++) {
-            Saved& s = saved ? saved[b * N + n] : scratch.unsaved;
-            if (saved) prefetch<1>(&s + 1);
-            std::memcpy(s.x, b ? out[n] : x[n], sizeof s.x);
-            forward(mod[n * depth + b], w[b], wt[b], out[n], s);
-        }
+    #pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++)
+        for (int64_t b = 0; b < depth; b++)
+            for (int64_t n = N * thread / threads; n < N * (thread + 1) / threads; n++) {
+                Saved& s = saved ? saved[b * N + n] : scratch.unsaved;
+                std::memcpy(s.x, b ? out[n] : x[n], sizeof s.x);
+                forward(mod[n * depth + b], w[b], wt[b], out[n], s);
+            }
 }
 
 // d_x: (N, L, D), on entry the gradient of out, on return that of x; d_w: (threads, depth), zeros, to which each thread adds
