@@ -102,7 +102,7 @@ constexpr int divisor(int n, int most) {
 }
 
 // Columns j to j + V * W of the product below. Of the 32 registers of AVX-512, a tile of 7 rows fills 28; the others hold V
-// vectors of B and one of A. In this order of the loops GCC keeps all of them in registers.
+// vectors of B and one of A. In this order of the loops compilers keep them all in registers.
 template <int ROWS, int K, int V, class A, class Put>
 inline void strip(A a, const float* b, int b_row, int j, Put put) {
     constexpr int R = divisor(ROWS, ROWS < 7 ? ROWS : 7);
