@@ -18,7 +18,7 @@ from config import FAMILY, ModelConfig, TrainConfig
 from dataset import Digits
 from diffusion import GaussianDiffusion
 from dit import DiT
-from runtime.pictures import DPI, save_picture
+from runtime.pictures import DPI, save_picture, tidy
 from runtime.script import pick_device
 from runtime.speed import compiled, keep_freed_memory
 from train import make_optimizers, update_ema
@@ -76,7 +76,8 @@ def step_time(points: list[tuple[str, int, float, float]]) -> Figure:
     axes.set(xscale="log", yscale="log", xlabel="GFLOP per step", ylabel="ms per step")
     axes.margins(x=0.1, y=0.1)
     axes.legend(loc="upper left")
-    axes.grid(alpha=0.3, which="both")
+    tidy(axes, 1)
+    axes.xaxis.set_major_formatter("{x:g}")
     return figure
 
 
