@@ -47,7 +47,7 @@ def fused(model: DiT, frozen: bool = False) -> DiT:
         return model
     config, tokens, mlp_size = model.config, model.pos_embed.shape[1], model.blocks[0].mlp.fc1.out_features
     whole_vectors = config.hidden_size // config.num_heads % 4 == 0 and mlp_size % 16 == 0  # see W in dit_block.cpp
-    whole_tiles = any(tokens % rows == 0 for rows in (4, 5, 6, 7))  # see product() there
+    whole_tiles = any(tokens % rows == 0 for rows in (4, 5, 6, 7))  # see strip() there
     if not whole_vectors or not whole_tiles or tokens > MAX_TOKENS:
         return model
     library = block_library(tokens, config.hidden_size, config.num_heads, mlp_size)

@@ -12,7 +12,7 @@ namespace {
 constexpr int L = TOKENS, D = WIDTH, M = MLP_WIDTH;
 constexpr int d = D / HEADS;  // width of a head
 #ifdef __AVX512F__
-constexpr int REGISTER = 16, TILE_VECTORS = 4;  // floats in a vector register; see product()
+constexpr int REGISTER = 16, TILE_VECTORS = 4;  // floats in a vector register; vectors in a row of a tile, see strip()
 #else
 constexpr int REGISTER = 8, TILE_VECTORS = 2;
 #endif
