@@ -44,8 +44,7 @@ class ModelConfig:
         for size, part in (("image_size", "patch_size"), ("hidden_size", "num_heads")):
             _require(getattr(self, size) % getattr(self, part) == 0,
                      f"{part} {getattr(self, part)} does not divide {size} {getattr(self, size)}")
-        _require(self.hidden_size % 4 == 0,
-                 f"hidden_size {self.hidden_size} is not a multiple of 4, which the 2-D position table needs")
+        _require(self.hidden_size % 4 == 0, f"hidden_size {self.hidden_size} is not a multiple of 4, as positions need")
         for name, most in (("mlp_ratio", 64), ("class_dropout_prob", 1), ("label_init_std", 100), ("time_init_std", 100)):
             _require_within(self, name, 0, most)
         _require(int(self.hidden_size * self.mlp_ratio) >= 1, f"mlp_ratio {self.mlp_ratio} leaves the MLP no hidden unit")
@@ -65,8 +64,7 @@ class TrainConfig:
     batch_size: int = option(300, "images per step; an incomplete last batch of an epoch is dropped")
     loss: str = option("l1", "distance between the noise and its prediction; mse in the papers", choices=("l1", "mse"))
     min_snr: float = option(0.3, "weight of a timestep in the loss: min(SNR, MIN_SNR) / SNR; 0 for equal weights")
-    optimizer: str = option("muon", "Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all",
-                            choices=("muon", "adamw"))
+    optimizer: str = option("muon", "Muon for the blocks' matrices, AdamW for the rest; or AdamW", choices=("muon", "adamw"))
     lr: float = option(0.005, "peak learning rate")
     lr_schedule: str = option("cosine", "cosine decay to 0, or constant", choices=("cosine", "constant"))
     ema_decay: float = option(0.9999, "decay of the EMA of the weights, which is used for sampling; lower at first")
@@ -84,8 +82,7 @@ class TrainConfig:
                                   ("limit", 0, MNIST_IMAGES), ("seed", 0, 2**63 - 1), ("min_snr", 0, 1e9),
                                   ("lr", 1e-12, 1e3), ("ema_decay", 0, 1 - 1e-9)):
             _require_within(self, name, least, most)
-        _require(self.limit == 0 or self.batch_size <= self.limit,
-                 f"batch_size {self.batch_size} is more than the {self.limit} images that limit leaves")
+        _require(not self.limit or self.batch_size <= self.limit, f"batch_size {self.batch_size} exceeds limit {self.limit}")
         _require(self.model.image_size >= 28 and self.model.image_size % 2 == 0,
                  f"image_size must be even and at least 28, not {self.model.image_size}: all four borders are equal")
         _require((self.model.in_channels, self.model.num_classes) == (1, 10), "train.py trains on 1 channel and 10 classes")
@@ -97,8 +94,7 @@ def _require(condition: bool, sentence: str) -> None:
 
 
 def _require_within(config: object, name: str, least: float, most: float) -> None:
-    value = getattr(config, name)
-    _require(least <= value <= most, f"{name} must lie in [{least}, {most}], not {value}")
+    _require(least <= getattr(config, name) <= most, f"{name} must lie in [{least}, {most}], not {getattr(config, name)}")
 
 
 def _check_types(config: object) -> None:
