@@ -90,7 +90,8 @@ def crossing_table(rows: Rows) -> str:
         meet = ("not yet", "") if x is None else (f"{math.exp(x):.1e}", f"{math.exp(at(curves[small], x)):.1f}")
         lines.append((small, large, *meet, f"{math.exp(end):.1e}", f"{math.exp(fid):.2f}",
                       f"{math.exp(at(curves[large], end)):.2f}"))
-    return markdown(("smaller", "larger", "meet at", "FID", "smaller ends at", "FID", "larger there: FID"), lines)
+    return markdown(("smaller", "larger", "meet at", "FID there", "smaller ends at", "its FID", "FID of the larger there"),
+                    lines)
 
 
 def all_tables(rows: Rows) -> str:

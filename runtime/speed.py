@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dit import DiT
-from runtime.fused import fused, is_fused
+from runtime.fused import fused
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's <malloc.h>
 
@@ -34,7 +34,7 @@ def compiled(model: DiT, batch_size: int) -> nn.Module:
     `model` itself, and one line that says why, where neither works.
     """
     network = fused(model)
-    if is_fused(network):
+    if network is not model:
         return network
     config, device = model.config, model.pos_embed.device
     x_t = torch.zeros(batch_size, config.in_channels, config.image_size, config.image_size, device=device)

@@ -61,7 +61,7 @@ def test_every_symbol_of_the_paper_map_exists():
 def test_the_code_in_readme_is_the_projects():
     lines = {line.strip() for path in ROOT.glob("*.py") for line in path.read_text().splitlines()}
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENTS["README.md"], flags=re.DOTALL)
-    assert len(blocks) == 3 and {line.strip() for block in blocks for line in block.splitlines()} <= lines
+    assert blocks and {line.strip() for block in blocks for line in block.splitlines()} <= lines
 
 
 @pytest.mark.parametrize(("script", "options"), CALLS)

@@ -358,6 +358,12 @@ def test_an_end_before_the_first_step(tmp_path, train_tiny, monkeypatch, error, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_mistake_in_the_code_is_not_hidden(tmp_path, train_tiny, monkeypatch):
+    monkeypatch.setattr(train, "load_mnist", mock.Mock(side_effect=RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train_tiny(tmp_path)
+
+
 def test_nothing_to_resume_and_no_data(tmp_path, refused):
     refused(train.main, 1, "there is nothing to resume", "--checkpoint", tmp_path / "model.pth", *TINY, "--resume")
     refused(train.main, 1, "train-images-idx3-ubyte.gz is missing", "--checkpoint", tmp_path / "model.pth",

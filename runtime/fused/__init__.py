@@ -72,11 +72,6 @@ def same_computation(module: nn.Module, reference: nn.Module) -> bool:
     return described(module) == described(reference)
 
 
-def is_fused(network: nn.Module) -> bool:
-    """Whether `fused` made it, or made what it wraps."""
-    return any(isinstance(module, FusedBlocks) for module in network.modules())
-
-
 @cache
 def block_library(tokens: int, hidden_size: int, num_heads: int, mlp_size: int) -> ctypes.CDLL | None:
     """dit_block.cpp for blocks of these sizes; compiled in a second or two when first used, and then kept in a file.
