@@ -157,12 +157,12 @@ def figure8(rows: Rows) -> Figure:
         for name in FAMILY:
             of_model = [row for row in mine if row["model"] == name]
             for x, mean, least, greatest in over_seeds(of_model, lambda row, column=column: row[column]):
-                points[name] = (x, mean)
-                axes.errorbar(x, mean, [[mean - least], [greatest - mean]], color=COLORS[name.split("/")[0]],
-                              marker=MARKERS[patch_of(name)], markerfacecolor="white" if name == IMPOSSIBLE else None,
+                points[name], color = (x, mean), COLORS[name.split("/")[0]]
+                axes.errorbar(x, mean, [[mean - least], [greatest - mean]], color=color, marker=MARKERS[patch_of(name)],
+                              markerfacecolor="white" if name == IMPOSSIBLE else None,
                               capsize=3 if greatest > least else 0)
                 axes.annotate(name, (x, mean), xytext=LABELS[patch_of(name)], textcoords="offset points", fontsize=8,
-                              ha="center", va="center")
+                              ha="center", va="center", color=color)
         real_line(axes, rows, FINAL_IMAGES)
         kept = [point for name, point in points.items() if name != IMPOSSIBLE]
         title = f"correlation of the logarithms {correlation(kept):.3f}, without {IMPOSSIBLE}" if len(kept) > 5 else ""
