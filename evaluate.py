@@ -25,18 +25,18 @@ from config import MNIST_TEST_IMAGES, T
 from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion
 from dit import DiT
-from inference import add_sampling_options, check_options, generate, load_sampling_model
+from inference import add_sampling_options, check_sampling_options, generate, load_sampling_model
 from runtime.checkpoint import check_weights, load_checkpoint, save_checkpoint
 from runtime.files import check_files, here_or_in_project, write_atomically
 from runtime.fused import fused
-from runtime.script import exit_status, run_script
+from runtime.script import exit_status, parse, run_script
 from runtime.speed import keep_freed_memory
 
 EPOCHS, BATCH_SIZE = 8, 125  # of the classifier; BATCH_SIZE also for sampling and the NLL bound
 
 
 class Classifier(nn.Module):
-    """A small CNN, (N, 1, 28, 28) in [-1, 1] -> (N, 10) logits, whose last hidden layer is the feature space of FID."""
+    """A small CNN, (N, 1, 28, 28) in [-1, 1] -> (N, 10) logits; its last hidden layer gives FID's features."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ class Classifier(nn.Module):
 
 
 def augmented(images: Tensor) -> Tensor:
-    """Images (N, 1, 28, 28), each turned, resized and moved at random, by at most 12 degrees, 12% and 2 pixels."""
+    """Images (N, 1, 28, 28), each rotated by up to 12 degrees, scaled by 12% and moved by 2 pixels, at random."""
     N = len(images)
     angle, scale = (torch.rand(N) - 0.5) * 0.42, 1 + (torch.rand(N) - 0.5) * 0.24
     shift = (torch.rand(N, 2, 1) - 0.5) * 4 / 14
@@ -68,9 +68,9 @@ def augmented(images: Tensor) -> Tensor:
 
 
 def trained_classifier(file: Path, train_set: Digits, epochs: int = EPOCHS) -> Classifier:
-    """The classifier kept in `file`; if there is none, it is trained on real images and kept there. In eval mode.
+    """The classifier in `file`; if there is none, it is trained on real images and saved there. In eval mode.
 
-    Leaves the CPU's random state as it was. CheckpointError if the file cannot be used, OSError if it cannot be written.
+    Leaves the CPU's random state as it was. CheckpointError if the file is unusable, OSError if it cannot be written.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -81,7 +81,7 @@ def trained_classifier(file: Path, train_set: Digits, epochs: int = EPOCHS) -> C
             classifier.load_state_dict(weights)
             return classifier.eval()
         if not os.access(file.parent, os.W_OK):  # before minutes of work
-            raise OSError(f"{file} cannot be written: copy the data to another directory, and name that with --data-dir")
+            raise OSError(f"{file} cannot be written: copy the data, and name the copy with --data-dir")
         order = torch.Generator().manual_seed(0)
         batches = [index for _ in range(epochs) for index in train_set.batch_indices(BATCH_SIZE, order)]
         optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.01)
@@ -110,7 +110,7 @@ def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
 def fid(real: Tensor, generated: Tensor) -> float:
     """Fréchet distance of features (N, D) and (M, D): |m - m'|^2 + tr(C + C' - 2 (C C')^1/2) (Heusel et al. 2017).
 
-    m, C: mean and covariance. Not comparable with Inception FID, nor across numbers of images: fewer give a higher FID.
+    m, C: mean and covariance. Not comparable with Inception FID, nor with that of fewer images, which is higher.
     """
     (m, C), (m_2, C_2) = ((x.mean(dim=0), x.T.cov()) for x in (real.cpu().double(), generated.cpu().double()))
     roots = torch.linalg.eigvals(C @ C_2).real.clamp(min=0).sqrt()  # the eigenvalues of (C C')^1/2
@@ -118,13 +118,13 @@ def fid(real: Tensor, generated: Tensor) -> float:
 
 
 def coverage_metrics(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
-    """Precision, recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020) of features (N, D), (M, D).
+    """Precision, recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-    Each point has a ball that reaches to its k-th nearest neighbour in its own set. Precision: share of generated points in
-    balls of real ones. Recall: share of real points in balls of generated ones. Density: real balls around a generated
-    point, over k. Coverage: share of real balls that hold a generated point.
+    real: (N, D), generated: (M, D) features. Each has a ball that reaches to its k-th neighbour in its own set.
+    Precision: share of generated points in real balls. Recall: share of real points in generated balls.
+    Density: real balls around a generated point, over k. Coverage: share of real balls that hold a generated point.
     """
-    real_radius, radius = (torch.cdist(x, x).kthvalue(k + 1, dim=1).values for x in (real, generated))  # itself is the 1st
+    real_radius, radius = (torch.cdist(x, x).kthvalue(k + 1, dim=1).values for x in (real, generated))  # 1st: itself
     distance = torch.cdist(real, generated)  # (N, M)
     in_real, in_generated = (distance < real_radius[:, None]).float(), (distance < radius).float()
     return {"precision": in_real.amax(dim=0).mean().item(), "recall": in_generated.amax(dim=1).mean().item(),
@@ -132,8 +132,7 @@ def coverage_metrics(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, f
 
 
 def memorised(images: Tensor, training: Tensor) -> float:
-    """The share of images 3 times nearer to one training image than to the next (Yoon et al. 2023, "Diffusion probabilistic
-    models generalize when they fail to memorize"). (N, 1, 28, 28), (M, 1, 28, 28)."""
+    """The share of images (N, 1, 28, 28) 3 times nearer to one training image than to the next (Yoon et al. 2023)."""
     near = in_batches(lambda x: torch.cdist(x.flatten(1), training.flatten(1)).topk(2, largest=False).values, images)
     return (near[:, 0] < near[:, 1] / 3).float().mean().item()
 
@@ -147,7 +146,7 @@ def distribution_metrics(classifier: Classifier, test_images: Tensor, images: Te
 def evaluate(images: Tensor, labels: Tensor, classifier: Classifier, train_set: Digits, test_set: Digits) -> dict[str, dict]:
     """Every metric: name -> {"generated": its value for the images, "real": the same for real images}.
 
-    images: (N, 1, 28, 28) in [-1, 1]; labels: (N,), as requested; real: test images; for distributions, N training images.
+    images: (N, 1, 28, 28) in [-1, 1]; labels: (N,), as requested. real: test images; N training images for distributions.
     """
     (training, _), (test_images, test_labels) = train_set[:], test_set[:]
 
@@ -155,14 +154,15 @@ def evaluate(images: Tensor, labels: Tensor, classifier: Classifier, train_set: 
         return {"accuracy": accuracy(classifier, classified, wanted),
                 **distribution_metrics(classifier, test_images, compared), "memorised": memorised(classified, training)}
 
-    generated, real = metrics(images, labels, images), metrics(test_images, test_labels, training[:len(images)])
+    generated = metrics(images, labels, images)
+    real = metrics(test_images, test_labels, training[:len(images)])
     return {name: {"generated": generated[name], "real": real[name]} for name in real}
 
 
 def sample_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Tensor]:
     """n images (n, 1, 28, 28) in [-1, 1], of the digits 0 to 9 in turn, and their labels (n,).
 
-    settings: those of `generate`. Each batch has a seed of its own, so that no two share their noise, whatever `seed`.
+    settings: those of `generate`. Each batch has a seed of its own, so that no two share their noise.
     """
     labels = torch.arange(n) % model.config.num_classes
     batches = enumerate(tqdm(labels.split(BATCH_SIZE), desc="sampling", unit="batch"))
@@ -173,13 +173,13 @@ def sample_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def nll_bound(model: DiT, digits: Digits, seed: int = 0) -> float:
-    """Upper bound on -log p(x_0 | y) (DDPM eq. 5) in bits/dim, mean over `digits`: the prior term plus those of all t."""
+    """Upper bound on -log p(x_0 | y) (DDPM eq. 5) in bits/dim, mean over `digits`."""
     diffusion, network = GaussianDiffusion(), fused(model, frozen=True)
     generator = torch.Generator().manual_seed(seed)
     total, alpha_bar_T = 0.0, diffusion.alpha_bar[-1].item()
     for start in tqdm(range(0, len(digits), BATCH_SIZE), desc="NLL bound", unit="batch"):
         x_0, y = digits[start:start + BATCH_SIZE]
-        prior = 0.5 * (alpha_bar_T * (x_0.square() - 1) - math.log(1 - alpha_bar_T))  # KL(q(x_T | x_0) || N(0, 1)), in nats
+        prior = 0.5 * (alpha_bar_T * (x_0.square() - 1) - math.log(1 - alpha_bar_T))  # KL(q(x_T | x_0) || N(0, I))
         terms = prior.flatten(1).mean(dim=1) / math.log(2)  # (N,)
         for time in range(T):
             t = torch.full_like(y, time)
@@ -216,12 +216,12 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--n", type=int, default=10_000, help="images to sample (default: 10000)")
     add_sampling_options(parser)
-    add("--data-dir", type=Path, default=Path("mnist"), help="directory with MNIST/raw/ and the classifier (default: mnist)")
+    add("--data-dir", type=Path, default=Path("mnist"), help="holds MNIST/raw/ and the classifier (default: mnist)")
     add("--bpd", type=int, nargs="?", const=MNIST_TEST_IMAGES, default=0, metavar="N",
-        help="also measure the NLL bound of N test images (no N: all of them): 1000 evaluations each, without guidance")
+        help="also measure the NLL bound of N test images, by default all: 1000 evaluations each, no guidance")
     add("--json", type=Path, metavar="FILE", help="also write the results to FILE")
-    args = parser.parse_args(argv)
-    check_options(parser, args, [args.json], n=(100, 20_000), bpd=(0, MNIST_TEST_IMAGES))
+    args = parse(parser, argv)
+    check_sampling_options(parser, args, [args.json], n=(100, 20_000), bpd=(0, MNIST_TEST_IMAGES))
     keep_freed_memory()
     return exit_status(parser, lambda: measure(args))
 

@@ -1,4 +1,4 @@
-"""Sample digits from a checkpoint: reverse diffusion from noise (DDPM Algorithm 2), step by step in inference.png.
+"""Sample digits from a checkpoint: reverse diffusion (DDPM Algorithm 2), step by step in inference.png.
 
     python inference.py                                      one image of each digit, 1000 steps of DDPM
     python inference.py --sampler ddim --digits 3 7 --per-digit 4 --gif digits.gif
@@ -28,17 +28,17 @@ from runtime.checkpoint import CheckpointError, load_model
 from runtime.files import check_files, here_or_in_project
 from runtime.fused import fused
 from runtime.pictures import denser_at_the_end, fits, save_animation, save_picture, show
-from runtime.script import exit_status, pick_device, run_script
-from runtime.speed import keep_freed_memory
+from runtime.script import check_ranges, exit_status, parse, pick_device, run_script
 
 
-def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm", steps: int | None = None,
-             eta: float = 0.0, guidance: float = GUIDANCE, seed: int = 0,
+def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm",
+             steps: int | None = None, eta: float = 0.0, guidance: float = GUIDANCE, seed: int = 0,
              on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
-    """Sample one image per label. labels: (N,) ints in [0, num_classes]; returns (N, C, H, W) in [-1, 1].
+    """One image per label. labels: (N,) ints in [0, num_classes]; returns (N, C, H, W) in [-1, 1].
 
-    sampler, steps: "ddpm" (1000 by default) or "ddim" (50); eta: noise of ddim, in [0, 1]; guidance: 1 turns it off;
-    on_step(t, x_t): see `GaussianDiffusion.ddpm_sample`. ValueError if one is out of range.
+    sampler, steps: "ddpm" (1000 by default) or "ddim" (50); eta: noise of ddim, in [0, 1];
+    guidance: 1 turns it off; on_step(t, x_t): see `GaussianDiffusion.ddpm_sample`.
+    ValueError if one is out of range.
     """
     if sampler not in STEPS:
         raise ValueError(f"sampler must be one of {', '.join(STEPS)}, not {sampler!r}")
@@ -52,8 +52,10 @@ def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm
     sample = diffusion.ddpm_sample if sampler == "ddpm" else partial(diffusion.ddim_sample, eta=eta)
     network = guided(fused(model, frozen=True), guidance, null_class=config.num_classes)
     shape = (len(y), config.in_channels, config.image_size, config.image_size)
-    x_T = torch.randn(shape, generator=generator, device="cpu", dtype=dtype).to(device)  # DDPM Algorithm 2, line 1
-    return sample(network, x_T, y, steps=STEPS[sampler] if steps is None else steps, generator=generator, on_step=on_step)
+    steps = STEPS[sampler] if steps is None else steps
+    # DDPM Algorithm 2, line 1
+    x_T = torch.randn(shape, generator=generator, device="cpu", dtype=dtype).to(device)
+    return sample(network, x_T, y, steps=steps, generator=generator, on_step=on_step)
 
 
 def as_labels(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
@@ -87,12 +89,11 @@ def sample_pictures(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             if t in times or t in frames:
                 kept[t] = x_t.cpu()
 
-        generate(model, y, sampler=args.sampler, steps=args.steps, eta=args.eta, guidance=args.guidance, seed=args.seed,
-                 on_step=on_step)
+        generate(model, y, sampler=args.sampler, steps=args.steps, eta=args.eta,
+                 guidance=args.guidance, seed=args.seed, on_step=on_step)
+    rows, columns, names = kept[0].split(args.per_digit), [], args.digits
     if args.columns > 1:
-        rows, columns, names = torch.stack([kept[t] for t in times], dim=1), [f"t={t}" for t in times], y.tolist()
-    else:
-        rows, columns, names = kept[0].split(args.per_digit), [], args.digits
+        rows, columns, names = torch.stack([kept[t] for t in times], 1), [f"t={t}" for t in times], y.tolist()
     save_picture(args.output, lambda: show(rows, columns, [str(digit) for digit in names]))
     print(f"wrote {args.output}")
     if args.gif:
@@ -106,7 +107,8 @@ def load_sampling_model(args: argparse.Namespace) -> DiT:
     """The network of the command line. CheckpointError if it cannot sample what is asked for."""
     model, info = load_model(args.checkpoint, args.device)
     config = model.config
-    if (config.in_channels, config.num_classes) != (1, 10) or config.image_size < 28 or config.image_size % 2:
+    of_digits = (config.in_channels, config.num_classes) == (1, 10)
+    if not of_digits or config.image_size < 28 or config.image_size % 2:
         raise CheckpointError(f"{args.checkpoint} is not of a network for MNIST images")
     if config.class_dropout_prob == 0 and args.guidance != 1:
         raise CheckpointError(f"{args.checkpoint} was trained without a null class: use --guidance 1")
@@ -118,23 +120,20 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """The options of `generate`, and where the weights come from."""
     add, default = parser.add_argument, "(default: %(default)s)"
     add("--sampler", choices=tuple(STEPS), default="ddpm", help=f"ancestral sampling, or DDIM {default}")
-    add("--steps", type=int, help=f"at most {T} (default: {', '.join(f'{n} for {name}' for name, n in STEPS.items())})")
+    usual = ", ".join(f"{steps} for {sampler}" for sampler, steps in STEPS.items())
+    add("--steps", type=int, help=f"at most {T} (default: {usual})")
     add("--eta", type=float, default=0.0, help=f"noise of ddim: 0 is none, 1 as much as ddpm {default}")
-    add("--guidance", type=float, default=GUIDANCE, metavar="S", help=f"strength of the guidance; 1 turns it off {default}")
+    add("--guidance", type=float, default=GUIDANCE, metavar="S", help=f"strength; 1 turns it off {default}")
     add("--seed", type=int, default=0, help=f"random seed of the noise {default}")
     add("--checkpoint", type=Path, default=Path("model.pth"), help=f"the weights {default}")
     add("--device", default="auto", help=f"cpu, cuda, mps, ...; auto is a GPU if there is one {default}")
 
 
-def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, outputs: Sequence[Path | None],
-                  **ranges: tuple[float, float]) -> None:
-    """Exit with an error message if an option or a file cannot be used. Fills in the defaults."""
-    if [] in vars(args).values():
-        parser.error("an option lacks its value")  # before Python 3.13, argparse reads --steps=-- as an empty list
+def check_sampling_options(parser: argparse.ArgumentParser, args: argparse.Namespace,
+                           outputs: Sequence[Path | None], **ranges: tuple[float, float]) -> None:
+    """Exit with an error message if one of them, another of `ranges` or a file cannot be used. Fills in the defaults."""
     args.steps = STEPS[args.sampler] if args.steps is None else args.steps
-    for name, (least, most) in dict(ranges, steps=(1, T), eta=(0, 1), guidance=(0, 100), seed=(0, 2**63 - 1)).items():
-        if not least <= getattr(args, name) <= most:
-            parser.error(f"argument --{name.replace('_', '-')}: must lie in [{least}, {most}], not {getattr(args, name)}")
+    check_ranges(parser, args, steps=(1, T), eta=(0, 1), guidance=(0, 100), seed=(0, 2**63 - 1), **ranges)
     if args.eta and args.sampler != "ddim":
         parser.error("argument --eta: needs --sampler ddim")
     sampler = args.sampler if args.sampler == "ddpm" else f"{args.sampler}, eta {args.eta:g}"
@@ -150,19 +149,19 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, out
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("inference.py", description="Sample digits from a trained DiT.", allow_abbrev=False)
     add = parser.add_argument
-    add("--digits", type=int, nargs="+", choices=range(10), metavar="D", default=range(10), help="default: 0 to 9")
+    add("--digits", type=int, nargs="+", choices=range(10), metavar="D", default=range(10),
+        help="default: 0 to 9")
     add("--per-digit", type=int, default=1, metavar="N", help="images of each digit (default: %(default)s)")
     add("--columns", type=int, default=11, metavar="N",
         help="times to show; 1: only the final digits, --per-digit in a row (default: %(default)s)")
     add_sampling_options(parser)
     add("--output", type=Path, default=Path("inference.png"), help="the picture (default: %(default)s)")
     add("--gif", type=Path, metavar="FILE", help="write an animation of the denoising too")
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     for path, suffixes in ((args.output, (".png", ".jpg", ".pdf", ".svg")), (args.gif, (".gif",))):
         if path and path.suffix.lower() not in suffixes:
             parser.error(f"{path} must end in {' or '.join(suffixes)}")
-    check_options(parser, args, [args.output, args.gif], per_digit=(1, 10_000), columns=(1, T + 1))
-    keep_freed_memory()
+    check_sampling_options(parser, args, [args.output, args.gif], per_digit=(1, 10_000), columns=(1, T + 1))
     return exit_status(parser, lambda: sample_pictures(parser, args))
 
 

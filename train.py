@@ -30,7 +30,7 @@ from inference import generate
 from runtime.distributed import Ranks, joined_ranks
 from runtime.files import here_or_in_project
 from runtime.run import Run, RunFiles
-from runtime.script import TrainingError, exit_status, pick_device, run_script
+from runtime.script import TrainingError, exit_status, parse, pick_device, run_script
 from runtime.speed import compiled, keep_freed_memory
 
 HELD_OUT_BATCH = 250  # test images at a time
@@ -155,9 +155,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, bool]:
     """The recipe of the command line, and whether to resume. Exits with an error message if it is wrong."""
-    args = parser.parse_args(argv)
-    if [] in vars(args).values():
-        parser.error("an option lacks its value")  # before Python 3.13, argparse reads --model=-- as an empty list
+    args = parse(parser, argv)
     if "model" in args:
         named = (FAMILY | PAPER)[args.model]
         parser.set_defaults(**{f.name: getattr(named, f.name) for f in fields(ModelConfig) if "help" in f.metadata})

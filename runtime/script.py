@@ -67,6 +67,22 @@ def run_script(main: Callable[[], int]) -> int:
     return main()
 
 
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """parser.parse_args(argv), without the empty list that it makes of --steps=-- before Python 3.13."""
+    args = parser.parse_args(argv)
+    if [] in vars(args).values():
+        parser.error("an option lacks its value")
+    return args
+
+
+def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace, **ranges: tuple[float, float]) -> None:
+    """Exit with an error message unless each of these options lies in its range, both ends included."""
+    for name, (least, most) in ranges.items():
+        value = getattr(args, name)
+        if not least <= value <= most:
+            parser.error(f"argument --{name.replace('_', '-')}: must lie in [{least}, {most}], not {value}")
+
+
 def exit_status(parser: argparse.ArgumentParser, work: Callable[[], None]) -> int:
     """The exit status of `work`: 0, 1 after an error message, 128 + n after signal n."""
     try:
