@@ -43,7 +43,7 @@ from runtime.script import exit_status, run_script
 COLORS = dict(zip((*BLOCKS, *SIZES), ("C7", "C1", "C2", "C0", "C0", "C1", "C2", "C3"), strict=True))
 MARKERS = dict(zip(PATCHES, "s^o", strict=True))
 LINES = dict(zip(PATCHES, (":", "--", "-"), strict=True))
-LABELS = {7: (16, 0), 4: (-16, 0), 2: (16, 0)}  # offsets, so that labels of models with equal compute do not overlap
+LABELS = {7: (16, 0), 4: (-16, 0), 2: (0, -10)}  # offsets, so that labels of models with equal compute do not overlap
 
 
 class NothingToDraw(Exception):
@@ -154,7 +154,7 @@ def figure8(rows: Rows) -> Figure:
     for axes, column, xlabel in zip(figure.subplots(1, 2, sharey=True), ("multiply_adds", "parameters"),
                                     ("multiply-adds of a forward pass", "trainable parameters"), strict=True):
         points = {}
-        for name in FAMILY:
+        for name in sorted(FAMILY, key=patch_of, reverse=True):  # squares first: triangles leave some of them in sight
             of_model = [row for row in mine if row["model"] == name]
             for x, mean, least, greatest in over_seeds(of_model, lambda row, column=column: row[column]):
                 points[name], color = (x, mean), COLORS[name.split("/")[0]]
