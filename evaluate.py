@@ -57,7 +57,7 @@ class Classifier(nn.Module):
 
 
 def augmented(images: Tensor) -> Tensor:
-    """Images (N, 1, 28, 28), each rotated by up to 12 degrees, scaled by 12% and moved by 2 pixels, at random."""
+    """Images (N, 1, 28, 28), each rotated, scaled and moved at random, by at most 12 degrees, 12% and 2 pixels."""
     N = len(images)
     angle, scale = (torch.rand(N) - 0.5) * 0.42, 1 + (torch.rand(N) - 0.5) * 0.24
     shift = (torch.rand(N, 2, 1) - 0.5) * 4 / 14
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     add_sampling_options(parser)
     add("--data-dir", type=Path, default=Path("mnist"), help="holds MNIST/raw/ and the classifier (default: mnist)")
     add("--bpd", type=int, nargs="?", const=MNIST_TEST_IMAGES, default=0, metavar="N",
-        help="also measure the NLL bound of N test images, by default all: 1000 evaluations each, no guidance")
+        help="also measure the NLL bound of N test images (no N: of all), with 1000 evaluations each, unguided")
     add("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     args = parse(parser, argv)
     check_sampling_options(parser, args, [args.json], n=(100, 20_000), bpd=(0, MNIST_TEST_IMAGES))

@@ -29,6 +29,7 @@ from runtime.files import check_files, here_or_in_project
 from runtime.fused import fused
 from runtime.pictures import denser_at_the_end, fits, save_animation, save_picture, show
 from runtime.script import check_ranges, exit_status, parse, pick_device, run_script
+from runtime.speed import keep_freed_memory
 
 
 def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm",
@@ -107,8 +108,7 @@ def load_sampling_model(args: argparse.Namespace) -> DiT:
     """The network of the command line. CheckpointError if it cannot sample what is asked for."""
     model, info = load_model(args.checkpoint, args.device)
     config = model.config
-    of_digits = (config.in_channels, config.num_classes) == (1, 10)
-    if not of_digits or config.image_size < 28 or config.image_size % 2:
+    if (config.in_channels, config.num_classes) != (1, 10) or config.image_size < 28 or config.image_size % 2:
         raise CheckpointError(f"{args.checkpoint} is not of a network for MNIST images")
     if config.class_dropout_prob == 0 and args.guidance != 1:
         raise CheckpointError(f"{args.checkpoint} was trained without a null class: use --guidance 1")
@@ -131,7 +131,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def check_sampling_options(parser: argparse.ArgumentParser, args: argparse.Namespace,
                            outputs: Sequence[Path | None], **ranges: tuple[float, float]) -> None:
-    """Exit with an error message if one of them, another of `ranges` or a file cannot be used. Fills in the defaults."""
+    """Exit with an error message if an option or a file cannot be used. Fills in the steps, the device and `described`."""
     args.steps = STEPS[args.sampler] if args.steps is None else args.steps
     check_ranges(parser, args, steps=(1, T), eta=(0, 1), guidance=(0, 100), seed=(0, 2**63 - 1), **ranges)
     if args.eta and args.sampler != "ddim":
@@ -162,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         if path and path.suffix.lower() not in suffixes:
             parser.error(f"{path} must end in {' or '.join(suffixes)}")
     check_sampling_options(parser, args, [args.output, args.gif], per_digit=(1, 10_000), columns=(1, T + 1))
+    keep_freed_memory()
     return exit_status(parser, lambda: sample_pictures(parser, args))
 
 

@@ -166,7 +166,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple
 
     try:
         cfg = TrainConfig(model=ModelConfig(**chosen(ModelConfig)), **chosen(TrainConfig))
-        RunFiles(cfg)  # reports unwritable files before training
+        pick_device(cfg.device)  # reports an unusable device before training,
+        RunFiles(cfg)  # and this unwritable files
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return cfg, args.resume
@@ -175,13 +176,9 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     cfg, resume = parse_args(parser, argv)
-    try:
-        device = pick_device(cfg.device)
-    except ValueError as error:
-        parser.error(str(error))
 
     def work() -> None:
-        with joined_ranks(device) as ranks:
+        with joined_ranks(pick_device(cfg.device)) as ranks:
             train(cfg, resume, ranks)
             if ranks.leads:
                 print(f"wrote {cfg.checkpoint}, and next to it the loss curve and the samples")

@@ -1,6 +1,6 @@
 """The time of a sampling step compared with its roofline (see benchmarks/measure.py).
 
-    python -m benchmarks.sampling                   ten digits, as many as inference.py samples
+    python -m benchmarks.sampling                   ten digits, as inference.py samples them
     python -m benchmarks.sampling --batch-size 125  as evaluate.py samples thousands
 """
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -68,11 +69,10 @@ def run_script(main: Callable[[], int]) -> int:
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """parser.parse_args(argv), without the empty list that it makes of --steps=-- before Python 3.13."""
-    args = parser.parse_args(argv)
-    if [] in vars(args).values():
+    """parser.parse_args(argv), but refuses --steps=--, which argparse reads as no value at all before Python 3.13."""
+    if any(re.fullmatch("--[a-z-]+=--", word) for word in (sys.argv[1:] if argv is None else argv)):
         parser.error("an option lacks its value")
-    return args
+    return parser.parse_args(argv)
 
 
 def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace, **ranges: tuple[float, float]) -> None:
@@ -106,7 +106,7 @@ def _error(parser: argparse.ArgumentParser, sentence: str) -> int:
     return 1
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is a GPU when there is one, else Apple's, else the CPU. ValueError if unusable."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,4 +1,7 @@
-"""What makes the scripts fast; it changes results by rounding only, and the other files can be read without it."""
+"""What makes the scripts fast; it changes results by rounding only, and the other files can be read without it.
+
+How much each part gains: benchmarks/README.md.
+"""
 
 import ctypes
 import os
@@ -18,8 +21,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's <malloc.h>
 def keep_freed_memory() -> None:
     """Have malloc keep the memory of a finished step for the next one, for the rest of this process.
 
-    glibc hands freed megabytes back to Linux, which zeroes every page of them before the next step may write there. Does
-    nothing where there is no glibc.
+    glibc hands freed megabytes back to Linux, which zeroes every page of them before the next step may write there. Without
+    this, a step of 300 images takes 1.28 times as long. Does nothing where there is no glibc.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -31,7 +34,8 @@ def keep_freed_memory() -> None:
 def compiled(model: DiT, batch_size: int) -> nn.Module:
     """The network with its blocks in C++ where that is possible, else torch.compile(model), tried on one batch.
 
-    `model` itself, and one line that says why, where neither works.
+    C++ makes a training step twice as fast, torch.compile on a GPU 1.6 times. `model` itself, and one line that says why,
+    where neither works.
     """
     network = fused(model)
     if network is not model:

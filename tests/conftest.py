@@ -117,5 +117,3 @@ def run_script(name: str, *arguments, cwd: Path, **settings) -> subprocess.Compl
     """A script as a user calls it, in another process and folder."""
     command = [sys.executable, str(ROOT / name), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, **settings)
-
-

@@ -55,6 +55,7 @@ def test_values(script, data):
     """What starts has every value in its range."""
     options = data.draw(st.lists(st.tuples(st.sampled_from(OPTIONS[script][1]), ANYTHING), min_size=1, max_size=3))
     called = started_with(script, "--device=cpu", *(f"--{name}={value}" for name, value in options))
+    assert not called or "--" not in dict(options).values()
     if called and script is train:
         cfg = called[0]
         assert 1 <= cfg.batch_size <= (cfg.limit or 60_000) and 1 <= cfg.epochs and math.isfinite(cfg.lr) and cfg.lr > 0
