@@ -179,7 +179,7 @@ def nll_bound(model: DiT, digits: Digits, seed: int = 0) -> float:
     total, alpha_bar_T = 0.0, diffusion.alpha_bar[-1].item()
     for start in tqdm(range(0, len(digits), BATCH_SIZE), desc="NLL bound", unit="batch"):
         x_0, y = digits[start:start + BATCH_SIZE]
-        prior = 0.5 * (alpha_bar_T * (x_0.square() - 1) - math.log(1 - alpha_bar_T))  # KL(q(x_T | x_0) || N(0, I))
+        prior = 0.5 * (alpha_bar_T * (x_0.square() - 1) - math.log(1 - alpha_bar_T))  # KL(q(x_T | x_0) || N(0, I)), in nats
         terms = prior.flatten(1).mean(dim=1) / math.log(2)  # (N,)
         for time in range(T):
             t = torch.full_like(y, time)

@@ -166,8 +166,9 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple
 
     try:
         cfg = TrainConfig(model=ModelConfig(**chosen(ModelConfig)), **chosen(TrainConfig))
-        pick_device(cfg.device)  # reports an unusable device before training,
-        RunFiles(cfg)  # and this unwritable files
+        # An unusable device and unwritable files are reported before training.
+        pick_device(cfg.device)
+        RunFiles(cfg)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return cfg, args.resume

@@ -168,7 +168,7 @@ def test_labels_of_every_whole_number_type(open_network):
 
 @pytest.mark.parametrize("settings", [{"sampler": "euler"}, {"eta": 0.5}])
 def test_settings_out_of_range(open_network, settings):
-    with pytest.raises(ValueError, match=r"steps|sampler|eta"):
+    with pytest.raises(ValueError, match="sampler"):
         generate(open_network, [1], **settings)
 
 

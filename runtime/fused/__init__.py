@@ -139,7 +139,7 @@ class FusedBlocks(nn.Module):
     """All blocks of a DiT, one after the other. x: (N, L, D), c: (N, D) -> (N, L, D), float32.
 
     frozen: their parameters will not change and need no gradients, so they are packed once instead of in every call, which
-    makes a sampling step of ten digits 1.4 times as fast.
+    makes a call for ten digits 1.4 times as fast.
     """
 
     def __init__(self, blocks: nn.ModuleList, library: ctypes.CDLL, frozen: bool):
