@@ -123,9 +123,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
     """
     if not os.path.exists(path):
         ours = Path(path).absolute() == PROJECT / "model.pth" and (PROJECT / ".git").exists()
-        restored = ", and `git checkout -- model.pth` restores the included one" if ours else ""
+        restored = f", and `git checkout -- model.pth` in {PROJECT} restores the included one"
         raise CheckpointError(f"there is no checkpoint {path}; `python train.py --checkpoint "
-                              f"{path}` makes one{restored}")
+                              f"{path}` makes one{restored if ours else ''}")
     info = load_checkpoint(path, WEIGHTS)
     check_schedule(path, info, (diffusion or GaussianDiffusion()).schedule)
     weights = info.pop("ema")
@@ -157,30 +157,31 @@ def check_schedule(path: str | Path, content: dict, schedule: list[float]) -> No
 def check_weights(path: str | Path, weights: dict, model: nn.Module) -> None:
     """CheckpointError unless they fit the network: names, shapes and types; all values finite."""
     try:
-        check_like(model.state_dict(), weights, "its network")
+        check_like(model.state_dict(), weights)
     except ValueError as error:
         raise CheckpointError(f"{path} does not fit its network: {printable(error)}") from error
 
 
-def check_like(expected: object, value: object, name: str) -> None:
-    """ValueError unless `value` has the types, names and shapes of `expected`, and finite numbers.
+def check_like(expected: object, value: object, name: str = "") -> None:
+    """ValueError unless `value` has the names, types and shapes of `expected`, and finite numbers.
 
-    name: what it is, for the message. Other values than numbers may differ.
+    name: what it is, for the message.
     """
-    if isinstance(expected, list | tuple) and type(value) is type(expected):
-        expected, value = dict(enumerate(expected)), dict(enumerate(value))
-    if isinstance(expected, dict) and isinstance(value, dict):
-        if unlike := sorted(map(str, expected.keys() ^ value.keys()))[:3]:
-            raise ValueError(f"in {name}, {', '.join(unlike)} missing, or not expected")
-        for key, item in expected.items():
-            check_like(item, value[key], f"{key}")
-    elif isinstance(expected, Tensor):
-        # Strides too: the kernels of an optimizer trust them.
-        if not isinstance(value, Tensor) or any(
-                getattr(value, what) != getattr(expected, what) for what in ("shape", "dtype")) or (
-                value.stride() != expected.stride()):
+    if isinstance(expected, Tensor):
+        def layout(tensor: object) -> object:  # with strides: the optimizers' kernels trust them
+            return isinstance(tensor, Tensor) and (tensor.shape, tensor.dtype, tensor.stride())
+
+        if layout(value) != layout(expected):
             raise ValueError(f"{name} is not {tuple(expected.shape)} {expected.dtype}")
         if not value.isfinite().all():
             raise ValueError(f"{name} holds values that are not finite numbers")
-    elif type(value) is not type(expected) or isinstance(value, float) and not math.isfinite(value):
+    elif isinstance(expected, list) and isinstance(value, list):
+        check_like(dict(enumerate(expected)), dict(enumerate(value)), name)
+    elif isinstance(expected, dict) and isinstance(value, dict):
+        within = f"{name}." if name else ""
+        if unlike := [f"{within}{key}" for key in expected.keys() ^ value.keys()]:
+            raise ValueError(f"{', '.join(sorted(unlike)[:3])} missing, or not expected")
+        for key, item in expected.items():
+            check_like(item, value[key], f"{within}{key}")
+    elif type(value) is not type(expected) or value != value or value in (math.inf, -math.inf):
         raise ValueError(f"{name} is {value!r}")
