@@ -27,6 +27,7 @@ from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion
 from dit import DiT
 from inference import generate
+from muon import Muon
 from runtime.distributed import Ranks, joined_ranks
 from runtime.files import here_or_in_project
 from runtime.run import Run, RunFiles
@@ -49,8 +50,8 @@ def make_optimizers(model: DiT, cfg: TrainConfig) -> list[torch.optim.Optimizer]
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if cfg.optimizer == "muon" else []
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=True)]
-    if matrices:  # updates as large as AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982)
-        optimizers.append(torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    if matrices:
+        optimizers.append(Muon(matrices, lr=cfg.lr))
     return optimizers
 
 
