@@ -189,8 +189,9 @@ class Run:
         self.model.load_state_dict(state["weights"])
         self.ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            # The settings as built: some depend on the device.
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+            for index, entry in optimizer.state_dict()["state"].items():  # as `_check` filled it
+                for name, value in entry.items():
+                    value.copy_(saved["state"][index][name])
         self.step, self.curve, self.samples = state["step"], state["curve"], state["samples"]
         self.started -= state["seconds"]
         self.loss_sum.copy_(state["loss_sum"])
