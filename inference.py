@@ -28,7 +28,7 @@ from runtime.checkpoint import CheckpointError, load_model
 from runtime.files import check_files, here_or_in_project
 from runtime.fused import fused
 from runtime.pictures import denser_at_the_end, fits, save_animation, save_picture, show
-from runtime.script import check_ranges, exit_status, pick_device, run_script
+from runtime.script import exit_status, pick_device, run_script
 from runtime.speed import keep_freed_memory
 
 
@@ -133,7 +133,10 @@ def check_sampling_options(parser: argparse.ArgumentParser, args: argparse.Names
                            outputs: Sequence[Path | None], **ranges: tuple[float, float]) -> None:
     """Exit with an error message if an option or a file cannot be used. Fills in the steps, the device and `described`."""
     args.steps = STEPS[args.sampler] if args.steps is None else args.steps
-    check_ranges(parser, args, steps=(1, T), eta=(0, 1), guidance=(0, 100), seed=(0, 2**63 - 1), **ranges)
+    ranges |= {"steps": (1, T), "eta": (0, 1), "guidance": (0, 100), "seed": (0, 2**63 - 1)}
+    for name, (least, most) in ranges.items():
+        if not least <= (value := getattr(args, name)) <= most:
+            parser.error(f"argument --{name.replace('_', '-')}: must lie in [{least}, {most}], not {value}")
     if args.eta and args.sampler != "ddim":
         parser.error("argument --eta: needs --sampler ddim")
     sampler = args.sampler if args.sampler == "ddpm" else f"{args.sampler}, eta {args.eta:g}"

@@ -1,1 +1,1 @@
-"""What the papers leave out: files that survive a crash, the state of a run, several processes, speed."""
+"""What the papers leave out: files that survive a crash, runs, several processes, speed."""

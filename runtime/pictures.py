@@ -1,35 +1,26 @@
-"""One style for all pictures, whatever the user's matplotlib is set to.
-
-matplotlib is imported where it is used: settings that break its import cost a picture, and not a training run.
-"""
+"""One style for all pictures, whatever the user's matplotlib is set to."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import matplotlib.style
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
 from runtime.files import write_atomically
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 GAP, ZOOM = 2, 2  # pixels between two images; screen pixels per pixel
-DPI = 128  # a power of two: pixels / DPI * DPI is exact, so that no row or column of pixels is lost
+DPI = 128  # a power of two: pixels / DPI * DPI is exact, so that no row of pixels is lost
 MAX_SIDE, MAX_AREA = 65_000, 2**27  # pixels: JPEG's limit is 65,500, GIF's a bit higher; memory
 
 
-def save_picture(path: Path, make: Callable[[], "Figure"]) -> None:
-    """Make a figure and write it, with matplotlib's own defaults instead of the user's. Atomic; OSError if it fails."""
-    try:
-        import matplotlib.style
-    except ValueError as error:  # MPLBACKEND, or a matplotlibrc that cannot be read
-        raise OSError(f"{path} could not be drawn: {error}") from error
-
+def save_picture(path: Path, make: Callable[[], Figure]) -> None:
+    """Make a figure with matplotlib's own defaults and write it. Atomic; OSError if it fails."""
     def write(temporary: Path) -> None:
         with matplotlib.style.context("default"):
             make().savefig(temporary)
@@ -38,36 +29,41 @@ def save_picture(path: Path, make: Callable[[], "Figure"]) -> None:
 
 
 def fits(rows: int, columns: int, side: int) -> bool:
-    """Whether a grid of rows x columns images, side x side pixels each, can be written in every format."""
+    """Whether a grid of images, side x side pixels each, can be written in every format."""
     height, width = ((side + GAP) * ZOOM * count for count in (rows, columns))
     return max(height, width) <= MAX_SIDE and height * width <= MAX_AREA
 
 
 def denser_at_the_end(values: list[int], count: int) -> list[int]:
-    """`count` of the values, or all if there are fewer, from first to last, denser towards the last; for 1, the last.
+    """`count` of the values, if there are as many, the first and the last among them.
 
     Counted from the last, they are those at n (i / (count - 1))^1.75, of n + 1 values.
     """
-    count = min(count, len(values))
-    return [values[-1 - max(i, round((len(values) - 1) * (i / max(count - 1, 1)) ** 1.75))] for i in reversed(range(count))]
+    count, n = min(count, len(values)), len(values) - 1
+    places = [round(n * (i / max(count - 1, 1)) ** 1.75) for i in range(count)]
+    return [values[n - max(i, place)] for i, place in reversed(list(enumerate(places)))]
 
 
 def tile(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of images, each (columns, 1, H, W) in [-1, 1], on one white canvas. (rows (H + GAP), columns (W + GAP))."""
+    """Rows of images on one white canvas, (rows (H + GAP), columns (W + GAP)).
+
+    Each row is (columns, 1, H, W) in [-1, 1].
+    """
     images = torch.stack(list(rows))[:, :, 0].clamp(-1, 1)  # (rows, columns, H, W)
-    return F.pad(images, (0, GAP, 0, GAP), value=1.0).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    framed = F.pad(images, (0, GAP, 0, GAP), value=1.0)
+    return framed.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
-def show(rows: Sequence[Tensor], columns: Sequence[str] = (), labels: Sequence[str] = ()) -> "Figure":
-    """A grid of images. rows: tensors (columns, 1, H, W) in [-1, 1]; columns, labels: the names of columns and rows."""
-    from matplotlib.figure import Figure
-
+def show(rows: Sequence[Tensor], columns: Sequence[str] = (), labels: Sequence[str] = ()) -> Figure:
+    """A `tile` of images. columns, labels: the names of columns and rows."""
     canvas, side = tile(rows), rows[0].shape[-1] + GAP
     height, width = (ZOOM * size for size in canvas.shape)
     left, top = 10 + 9 * max(map(len, labels), default=0), 24 if columns else 0  # screen pixels
-    figure = Figure(figsize=((left + width) / DPI, (top + height) / DPI), dpi=DPI)
-    axes = figure.add_axes((left / (left + width), 0, width / (left + width), height / (top + height)))
-    axes.imshow(canvas.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
+    full_width, full_height = left + width, top + height
+    figure = Figure(figsize=(full_width / DPI, full_height / DPI), dpi=DPI)
+    axes = figure.add_axes((left / full_width, 0, width / full_width, height / full_height))
+    axes.imshow(canvas.numpy(), cmap="gray", vmin=-1, vmax=1, aspect="auto",
+                interpolation="nearest")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=8)
     axes.set_xticks([(i + 0.5) * side for i in range(len(columns))], labels=columns)
@@ -76,38 +72,36 @@ def show(rows: Sequence[Tensor], columns: Sequence[str] = (), labels: Sequence[s
 
 
 def save_animation(path: Path, frames: Sequence[Sequence[Tensor]], titles: Sequence[str]) -> None:
-    """A GIF of frames, each the rows of a `tile` under its title, with a pause on the last one. Atomic."""
+    """A GIF of frames, each a `tile` under its title, with a pause on the last one. Atomic."""
     pictures = []
     for rows, title in zip(frames, titles, strict=True):
-        greys = as_bytes(((tile(rows) + 1) * 3.5).round() / 3.5 - 1)  # 8 greys: noise compresses badly
+        greys = as_bytes(((tile(rows) + 1) * 3.5).round() / 3.5 - 1)  # 8: noise compresses badly
         pixels = greys.repeat_interleave(ZOOM, 0).repeat_interleave(ZOOM, 1)
         picture = Image.new("L", (pixels.shape[1], pixels.shape[0] + 14), 255)
         picture.paste(Image.fromarray(pixels.numpy()), (0, 14))
         ImageDraw.Draw(picture).text((2, 1), title, fill=0)
         pictures.append(picture)
+    milliseconds = [125] * (len(pictures) - 1) + [2500]
     write_atomically(path, lambda temporary: pictures[0].save(
-        temporary, format="GIF", save_all=True, append_images=pictures[1:], loop=0,
-        duration=[125] * (len(pictures) - 1) + [2500]))
+        temporary, "GIF", save_all=True, append_images=pictures[1:], loop=0, duration=milliseconds))
 
 
-def loss_curve(curve: list[dict], ylabel: str, weighted: str) -> "Figure":
+def loss_curve(curve: list[dict], ylabel: str, weighted: str) -> Figure:
     """Both losses of loss.csv against the epoch. weighted: what to say of the training loss."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(6, 3.5), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    for name, label in (("train_loss", f"training images{weighted}"), ("test_loss", "test images, EMA model, unweighted")):
-        axes.plot([row["epoch"] for row in curve], [row[name] for row in curve], ".-", markersize=3, label=label)
+    for name, label in (("train_loss", f"training images{weighted}"),
+                        ("test_loss", "test images, EMA model, unweighted")):
+        x, y = zip(*((row["epoch"], row[name]) for row in curve), strict=True)
+        axes.plot(x, y, ".-", markersize=3, label=label)
     axes.set(xlabel="epoch", ylabel=ylabel, yscale="log")
     tidy(axes, 1, 2, 3, 4, 6)
     axes.legend()
     return figure
 
 
-def tidy(axes: "Axes", *ticks: int) -> None:
-    """A faint grid and small labels; on a logarithmic y axis at `ticks` times 1, 10, 100, ..., as plain numbers."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
+def tidy(axes: Axes, *ticks: int) -> None:
+    """A faint grid and small labels; plain numbers on a logarithmic y axis, at ticks x 10^n."""
     if axes.get_yscale() == "log":
         axes.yaxis.set_major_locator(LogLocator(subs=ticks))
         axes.yaxis.set_major_formatter("{x:g}")

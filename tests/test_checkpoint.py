@@ -6,6 +6,7 @@ import random
 import time
 import zipfile
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from conftest import content
 from diffusion import GaussianDiffusion
 from runtime import checkpoint
 from runtime.checkpoint import CheckpointError, load_model, save_checkpoint
-from runtime.files import check_writable, lock, remove_leftovers
+from runtime.files import check_files, lock, remove_leftovers
 
 BIAS = "x_embedder.proj.bias"
 
@@ -61,7 +62,7 @@ def test_what_a_link_points_to_is_replaced(saved, open_network):
     (saved.parent / "links").mkdir()
     link = saved.parent / "links" / "best.pth"
     link.symlink_to("../model.pth")
-    check_writable(link)
+    check_files([link])
     save_checkpoint(link, weights_of(open_network, 8, {}))
     assert link.is_symlink() and load_model(saved)[1]["step"] == 8
     assert [path.name for path in link.parent.iterdir()] == ["best.pth"]
@@ -91,12 +92,12 @@ def test_a_failure_while_writing_leaves_the_last_good_file(saved, open_network, 
 
 def test_what_cannot_be_written_is_reported_before_work_starts(tmp_path):
     for path, words in ((tmp_path, "is a directory or a device"), ("/dev/null", "is a directory or a device"),
-                        (tmp_path / "nowhere" / "model.pth", "there is no directory"),
-                        ("/dev/stdout", "device"), ("/dev/model.pth", "/dev is for devices"),
+                        (tmp_path / "nowhere" / "model.pth", "No such file or directory"),
+                        ("/dev/stdout", "device"), ("/dev/model.pth", "device"),
                         ("/proc/self/fd/1", "device"), (tmp_path / ("a" * 245 + ".png"), "File name too long")):
         with pytest.raises(OSError, match=words):
-            check_writable(path)
-    check_writable(tmp_path / "model.pth")
+            check_files([Path(path)])
+    check_files([tmp_path / "model.pth"])
     assert not any(tmp_path.iterdir())
 
 
@@ -114,22 +115,13 @@ def test_what_killed_writes_left_is_removed(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / ".model.00000001.tmp.pth"])
 
 
-@pytest.mark.parametrize(("make", "words"), [
-    (lambda path: path.symlink_to("precious"), "it is a link"), (lambda path: path.symlink_to("none"), "it is a link"),
-    (lambda path: path.hardlink_to(path.with_name("precious")), "a link"), (os.mkdir, "Is a directory"),
-    (os.mkfifo, "a device")])
-def test_a_lock_that_is_no_file_is_named_and_left_alone(tmp_path, make, words):
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("precious"), lambda path: path.symlink_to("none"), os.mkdir])
+def test_a_lock_that_is_no_file_is_named_and_left_alone(tmp_path, make):
     (tmp_path / "precious").write_text("precious")
     make(tmp_path / ".model.lock")
-    with pytest.raises(OSError, match=rf"\.model\.lock, the lock of .*model\.pth, cannot be .*: .*{words}"):
+    with pytest.raises(OSError, match=r"^\[Errno \d+\] .*: '.*/\.model\.lock'$"):
         lock(tmp_path / "model.pth")
     assert (tmp_path / "precious").read_text() == "precious" and len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_lock_of_another_user(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "open", failing(PermissionError(errno.EACCES, "Permission denied")))
-    with pytest.raises(OSError, match=r"\.model\.lock, the lock of .*, cannot be opened: Permission denied"):
-        lock(tmp_path / "model.pth")
 
 
 # What is read is not trusted
@@ -143,32 +135,23 @@ def refuse(path, words):
     assert time.process_time() - began < 8
 
 
-def test_a_missing_file(tmp_path, monkeypatch):
-    """git is named only where it helps."""
-    refuse(tmp_path / "none.pth", r"there is no checkpoint .*none\.pth; `python train\.py --checkpoint .*` makes one$")
-    monkeypatch.setattr(checkpoint, "PROJECT", tmp_path)
-    (tmp_path / ".git").mkdir()
-    refuse(tmp_path / "model.pth", f"and `git checkout -- model.pth` in {tmp_path} restores the included one")
+def test_a_missing_file(tmp_path):
+    refuse(tmp_path / "none.pth", r"there is no checkpoint .*none\.pth; `python train\.py --checkpoint .*` makes one")
 
 
 @pytest.mark.parametrize(("make", "words"), [
-    (os.mkdir, "is a directory, not a file"), (os.mkfifo, "is a pipe or a device, not a file"),
-    (lambda path: path.write_text("not a checkpoint"), "is damaged or not a checkpoint .*not a zip file"),
-    (lambda path: path.write_bytes(b""), "is damaged or not a checkpoint"),
-    (lambda path: torch.save([1, 2], path), "is not a checkpoint of this project"),
-    (lambda path: torch.save(torch.zeros(3), path), "is not a checkpoint of this project"),
-    (lambda path: torch.save({"format": 1, "ema": torch.eye(3).to_sparse()}, path), "is damaged or not a checkpoint"),
-    (lambda path: torch.save({}, path, _use_new_zipfile_serialization=False), "is damaged or not a checkpoint"),
+    (os.mkdir, "is a directory, a pipe or a device"), (os.mkfifo, "is a directory, a pipe or a device"),
+    (lambda path: path.write_text("not a checkpoint"), "cannot be used: File is not a zip file"),
+    (lambda path: path.write_bytes(b""), "cannot be used: "),
+    (lambda path: torch.save([1, 2], path), "is of another project"),
+    (lambda path: torch.save(torch.zeros(3), path), "is of another project"),
+    (lambda path: torch.save({"format": 1, "ema": torch.eye(3).to_sparse()}, path), "cannot be used: "),
+    (lambda path: torch.save({}, path, _use_new_zipfile_serialization=False), "cannot be used: "),
 ], ids=["directory", "pipe", "text", "empty", "list", "tensor", "sparse", "old torch"])
 def test_other_kinds_of_file(tmp_path, make, words):
     make(tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=words):
         load_model(tmp_path / "other.pth")
-
-
-def test_too_little_memory(saved, monkeypatch):
-    monkeypatch.setattr(torch, "load", failing(MemoryError()))
-    refuse(saved, "model.pth needs more memory than there is")
 
 
 class Hostile:
@@ -182,7 +165,7 @@ class Hostile:
 def test_a_hostile_pickle_is_not_run(tmp_path):
     path, mark = tmp_path / "hostile.pth", tmp_path / "mark"
     torch.save({"format": 1, "ema": Hostile(mark)}, path)
-    refuse(path, "is damaged or not a checkpoint .*none of it was run")
+    refuse(path, "cannot be used: .*none of it was run")
     assert not mark.exists()
     torch.load(path, weights_only=False)
     assert mark.exists()  # the test would notice: run, it leaves a mark
@@ -194,20 +177,12 @@ def test_archives_that_would_expand(saved, monkeypatch):
     with zipfile.ZipFile(saved, "w", zipfile.ZIP_DEFLATED) as archive:
         for entry, data in entries.items():
             archive.writestr(entry, data)
-    refuse(saved, "its entries are compressed")
-
-
-def test_text_from_a_file_is_safe_on_a_terminal(saved):
-    names = "\x1b[2J\u202e\n"
-    rewrite(saved, ema={names: torch.zeros(1)})
-    refuse(saved, r"does not fit its network: \\x1b\[2J\\u202e\\n missing")
-    rewrite(saved, model_config={names: 1})
-    refuse(saved, r"does not build: .*\\x1b\[2J")
+    refuse(saved, "it would expand")
 
 
 @pytest.mark.parametrize(("schedule", "words"), [
-    ([500, 0.0001, 0.02, 0.00644], r"T = 500, beta from 0\.0001 to 0\.02, last alpha_bar 0\.00644\) than .*T = 1000"),
-    ([1000, 0.0001, 0.02, 0.1], "last alpha_bar 0.1"), ([1000, 0.0001], "another schedule"), ("x", "another schedule"),
+    ([500, 0.0001, 0.02, 0.00644], r"was \[500, 0\.0001, 0\.02, 0\.00644\] and is \[1000, "),
+    ([1000, 0.0001, 0.02, 0.1], "0.1. and is"), ([1000, 0.0001], "another schedule"), ("x", "another schedule"),
     (None, "another schedule")])
 def test_another_schedule_is_refused(saved, schedule, words):
     rewrite(saved, schedule=schedule)
@@ -221,7 +196,7 @@ def test_a_file_without_a_schedule_has_the_first_one(saved, monkeypatch):
     other = GaussianDiffusion()
     assert load_model(saved, diffusion=other)[1]["step"] == 7
     other.beta = other.beta[:500]
-    with pytest.raises(CheckpointError, match=r"\(T = 1000, .*\(T = 500"):
+    with pytest.raises(CheckpointError, match=r"was \[1000, .* and is \[500, "):
         load_model(saved, diffusion=other)
 
 
@@ -229,26 +204,26 @@ def test_another_format_is_reported(saved, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "FORMAT", 2)
         rewrite(saved)
-    refuse(saved, r"is of another version of this project \(format 2, not 1\)")
+    refuse(saved, r"of another version of this one")
 
 
 @pytest.mark.parametrize("name", checkpoint.WEIGHTS)
 def test_entries_that_are_missing(tmp_path, name):
     save_checkpoint(tmp_path / "part.pth", {key: kind() for key, kind in checkpoint.WEIGHTS.items() if key != name})
-    refuse(tmp_path / "part.pth", f"it holds no '{name}'")
+    refuse(tmp_path / "part.pth", f"without '{name}'")
 
 
 @pytest.mark.parametrize(("config", "ema", "words"), [
-    ({"depth": 3}, {}, "does not fit its network: blocks.2"),
-    ({"mlp_ratio": 2.5}, {}, "does not fit its network: .* is not"),
-    ({"block": "in-context"}, {}, "does not fit its network: .* missing, or not expected"),
-    ({"hidden_size": 2**14, "num_heads": 1}, {}, "is not .* torch.float32"), ({"num_classes": 2**14}, {}, "is not .16385"),
-    ({"image_size": 2**14, "patch_size": 1}, {}, "is not .1, 268435456"),
-    ({"patch_size": 5}, {}, "does not build: patch_size 5 does not divide image_size 12"),
-    ({"depth": "3"}, {}, "does not build"), ({"registers": 4}, {}, "does not build: .*registers"),
-    ({}, {BIAS: torch.full((24,), torch.nan)}, "that are not finite"),
-    ({}, {BIAS: torch.zeros(24, dtype=torch.float64)}, "is not .24,. torch.float32"),
-    ({}, {BIAS: torch.zeros(25)}, "is not .24,."), ({}, {BIAS: [0.0] * 24}, "is not .24,."),
+    ({"depth": 3}, {}, "does not fit: .*blocks.2.* missing, or not expected"),
+    ({"mlp_ratio": 2.5}, {}, "does not fit: .* is .*, not "),
+    ({"block": "in-context"}, {}, "does not fit: .* missing, or not expected"),
+    ({"hidden_size": 2**14, "num_heads": 1}, {}, "is .* torch.float32, not"), ({"num_classes": 2**14}, {}, "is .*, not .16385"),
+    ({"image_size": 2**14, "patch_size": 1}, {}, "is .*, not .1, 268435456"),
+    ({"patch_size": 5}, {}, "cannot build: patch_size 5 does not divide image_size 12"),
+    ({"depth": "3"}, {}, "cannot build"), ({"registers": 4}, {}, "cannot build: .*registers"),
+    ({}, {BIAS: torch.full((24,), torch.nan)}, "not finite"),
+    ({}, {BIAS: torch.zeros(24, dtype=torch.float64)}, "is .24,. torch.float64, not .24,. torch.float32"),
+    ({}, {BIAS: torch.zeros(25)}, "x_embedder.proj.bias is"), ({}, {BIAS: [0.0] * 24}, "x_embedder.proj.bias is"),
 ], ids=lambda value: "" if isinstance(value, str) else None)
 def test_weights_that_do_not_fit(saved, config, ema, words):
     rewrite(saved, model_config=torch.load(saved, weights_only=True)["model_config"] | config, ema=ema)
@@ -260,7 +235,7 @@ def test_the_file_is_a_plain_dict_and_its_checksum_finds_a_changed_value(saved):
     assert set(entries) == {"format", "model_config", "ema", "step", "recipe", "schedule", "sha256"}
     entries["ema"][BIAS][0] += 1e-6
     torch.save(entries, saved)
-    refuse(saved, "does not match its checksum")
+    refuse(saved, "as its checksum says")
 
 
 def test_truncations_and_flipped_bytes(saved):

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from unittest import mock
@@ -39,7 +38,7 @@ def run_state(folder):
     for row in state["curve"]:
         del row["seconds"]
     curve = [{**row, "seconds": None} for row in rows(folder)]
-    return checksum({name: state[name] for name in STATE if name not in ("seconds", "recipe")}), curve
+    return checksum({name: state[name] for name in state if name not in ("seconds", "recipe", "sha256")}), curve
 
 
 def watch_loss(monkeypatch, before):
@@ -123,7 +122,7 @@ def test_a_run_as_its_user_starts_it(tmp_path):
     [row] = rows(tmp_path)
     assert list(row) == ["epoch", "step", "train_loss", "test_loss", "seconds"] and (row["epoch"], row["step"]) == ("1", "3")
     assert 0.1 < float(row["train_loss"]) < 0.9 and 0.7 < float(row["test_loss"]) < 0.9
-    assert re.fullmatch(r"epoch 1/1: \d+ s, train_loss=0\.\d{4}, test_loss=0\.\d{4}\n", done.stderr)  # no bar in a log file
+    assert re.fullmatch(r"epoch 1, step 3, train_loss 0\.\d+, test_loss 0\.\d+, seconds \S+\n", done.stderr)  # no bar in a log file
     sampled = run_script("inference.py", "--steps", 5, cwd=tmp_path)
     assert sampled.returncode == 0, sampled.stderr
     for picture in ("loss.png", "samples.png", "inference.png"):
@@ -194,17 +193,13 @@ def test_another_run_is_kept_and_can_continue(tmp_path, train_tiny):
     assert (tmp_path / "model.old-1.loss.csv").read_text() == "precious"
 
 
-@pytest.mark.parametrize(("launch", "steps"), [("first", 0), ("second", 3)])
-def test_what_torchrun_restarts_continues_its_own_run_only(tmp_path, train_tiny, monkeypatch, launch, steps):
-    """Its first processes may have died before they set another run's state aside."""
-    environment = {"TORCHELASTIC_RUN_ID": "first", "TORCHELASTIC_RESTART_COUNT": "0"}
-    with mock.patch.dict(os.environ, environment):
-        assert train_tiny(tmp_path)[0] == 0
+def test_what_torchrun_restarts_continues(tmp_path, train_tiny, monkeypatch):
     done = []
     watch_loss(monkeypatch, lambda step, *batch: done.append(step))
-    with mock.patch.dict(os.environ, environment | {"TORCHELASTIC_RUN_ID": launch, "TORCHELASTIC_RESTART_COUNT": "1"}):
-        assert train_tiny(tmp_path)[0] == 0
-    assert len(done) == steps and (tmp_path / "model.old-1.resume.pth").exists() == (launch == "second")
+    with mock.patch.dict(os.environ, {"TORCHELASTIC_RESTART_COUNT": "1"}):
+        for _ in range(2):
+            assert train_tiny(tmp_path)[0] == 0
+    assert len(done) == 3 and content(tmp_path).keys() == FILES
 
 
 # Stopping and continuing
@@ -218,16 +213,6 @@ def test_a_signal_stops_after_saving(tmp_path, train_tiny, monkeypatch, number):
     assert status == 128 + number and "stopped at step 2 of 3" in out
     assert load_model(tmp_path / "model.pth")[1]["step"] == 2
     assert signal.getsignal(number) is before
-
-
-def test_a_second_ctrl_c_acts_at_once(tmp_path, train_tiny, monkeypatch):
-    def interrupt_twice(step, *batch):
-        for seconds in (2.1, 0) if step == 2 else ():
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(seconds)
-
-    watch_loss(monkeypatch, interrupt_twice)
-    assert train_tiny(tmp_path)[0] == 130 and not content(tmp_path)
 
 
 def test_a_signal_that_was_ignored_stays_ignored(tmp_path, train_tiny, monkeypatch):
@@ -276,7 +261,8 @@ def test_more_epochs_may_follow(tmp_path, train_tiny):
     assert train_tiny(whole, *constant, "--epochs", 2)[0] == 0
     assert train_tiny(longer, *constant)[0] == 0
     status, out, _ = train_tiny(longer, *constant, "--epochs", 2, "--resume")
-    assert status == 0 and run_state(whole) == run_state(longer) and "cosine" not in out
+    assert status == 0 and run_state(whole) == run_state(longer)
+    assert "resumed at step 3 of 6 (--epochs 2, before 1)" in out
 
 
 @pytest.fixture(scope="module")
@@ -291,16 +277,6 @@ def change_state(folder, **changes):
     state = load_checkpoint(folder / "model.resume.pth", STATE)
     del state["sha256"]
     save_checkpoint(folder / "model.resume.pth", state | changes)
-
-
-def test_another_number_of_threads_or_epochs_is_reported(tmp_path, train_tiny):
-    """Threads change the last bits, as sums are taken in another order; epochs stretch the cosine."""
-    assert train_tiny(tmp_path)[0] == 0
-    _, out, _ = train_tiny(tmp_path, "--resume")
-    assert "with 1 threads" not in out and "cosine" not in out
-    change_state(tmp_path, threads=7)
-    _, out, _ = train_tiny(tmp_path, "--epochs", 2, "--resume")
-    assert "with 1 threads instead of 7" in out and "the cosine now spans 2 epochs instead of 1" in out
 
 
 def test_a_state_from_another_kind_of_device_continues(tmp_path, train_tiny):
@@ -351,7 +327,7 @@ def muon_of_torch(state):
     lambda state: adamw(state).update(exp_avg=torch.zeros(1)), lambda state: adamw(state).update(exp_avg=torch.zeros(0)),
     lambda state: adamw(state).update(exp_avg=torch.zeros(1).expand(16, 1, 4, 4)),
     lambda state: adamw(state)["exp_avg_sq"].fill_(math.nan), lambda state: adamw(state).pop("exp_avg_sq"),
-    lambda state: adamw(state).update(exp_avg=5), lambda state: adamw(state).update(step=torch.tensor(-1.0)),
+    lambda state: adamw(state).update(exp_avg=5), lambda state: adamw(state).update(step=torch.tensor(math.inf)),
     lambda state: state["optimizers"][1]["state"].pop(0), muon_of_torch,
     lambda state: state["optimizers"][0]["param_groups"][0].pop("betas"),
     lambda state: state["optimizers"][0]["param_groups"][0].update(betas=None, odd=1),
