@@ -1,4 +1,4 @@
-"""What the tests share: a network whose gates are open, calls of the scripts, and a look at a folder's content."""
+"""What the tests share: a network whose gates are open, calls of scripts, a folder's content."""
 
 import functools
 import multiprocessing
@@ -26,12 +26,12 @@ train.load_mnist = functools.cache(train.load_mnist)  # which takes longer than 
 @pytest.fixture
 def small_config() -> ModelConfig:
     """A small network, none of whose sizes is the MNIST model's."""
-    return ModelConfig(image_size=12, patch_size=3, in_channels=2, hidden_size=24, depth=2, num_heads=3, mlp_ratio=2.0,
-                       num_classes=5)
+    return ModelConfig(image_size=12, patch_size=3, in_channels=2, hidden_size=24, depth=2,
+                       num_heads=3, mlp_ratio=2.0, num_classes=5)
 
 
 def random_network(config: ModelConfig, std: float = 0.2) -> DiT:
-    """A network in which every parameter is random, so that gates, shifts and the final layer all count."""
+    """A network in which every parameter is random, so that gates and the final layer count."""
     torch.manual_seed(0)
     model = DiT(config).eval()
     for parameter in model.parameters():
@@ -46,7 +46,7 @@ def open_network(small_config) -> DiT:
 
 @pytest.fixture
 def call(capfd):
-    """call(main, *arguments) -> (exit status, standard output, standard error). An exception fails the test."""
+    """call(main, *arguments) -> (exit status, standard output, standard error)."""
 
     def call_main(main, *arguments):
         capfd.readouterr()
@@ -62,7 +62,7 @@ def call(capfd):
 
 @pytest.fixture
 def refused(call):
-    """refused(main, status, words, *arguments): the call exits with that status and one sentence with these words."""
+    """refused(main, status, words, *arguments): it exits with one sentence with these words."""
 
     def check(main, status, words, *arguments):
         ended, _, err = call(main, *arguments)
@@ -77,23 +77,24 @@ def refused(call):
 
 @pytest.fixture(scope="session")
 def forked():
-    """Makes processes that are forked from one that has imported torch, which takes seconds, and done nothing else."""
+    """Makes processes that are forked from one that has imported torch, which takes seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
     return context
 
 
-TINY = ("--data-dir", ROOT / "mnist", "--limit", 300, "--batch-size", 100, "--hidden-size", 16, "--depth", 1,
-        "--num-heads", 2, "--device", "cpu", "--no-compile")
+TINY = ("--data-dir", ROOT / "mnist", "--limit", 300, "--batch-size", 100, "--hidden-size", 16,
+        "--depth", 1, "--num-heads", 2, "--device", "cpu", "--no-compile")
 
 
 @pytest.fixture
 def train_tiny(call):
-    """train_tiny(folder, *options): a run of one epoch, three steps, unless the options say otherwise."""
+    """train_tiny(folder, *options): a run of one epoch, three steps, by default."""
 
     def run(folder, *options):
         folder.mkdir(exist_ok=True)
-        return call(train.main, "--checkpoint", folder / "model.pth", *TINY, "--epochs", 1, *options)
+        place = ("--checkpoint", folder / "model.pth")
+        return call(train.main, *place, *TINY, "--epochs", 1, *options)
 
     return run
 

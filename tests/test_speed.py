@@ -24,7 +24,8 @@ def test_on_a_cpu_the_compiled_network_is_fused(open_network):
 
 
 @pytest.mark.parametrize("works", [True, False])
-def test_compiling_leaves_random_numbers_and_gradients_alone(open_network, unfused, monkeypatch, capfd, works):
+def test_compiling_leaves_random_numbers_and_gradients_alone(open_network, unfused, monkeypatch,
+                                                             capfd, works):
     """And where there is no compiler, a line says so and the network is the plain one."""
     def broken(*batch):
         raise RuntimeError("no g++ here\nmore words")
@@ -40,21 +41,25 @@ def test_compiling_leaves_random_numbers_and_gradients_alone(open_network, unfus
 
 @pytest.mark.slow
 def test_training_on_a_machine_without_a_compiler(tmp_path):
-    cold = os.environ | {"CXX": "/there/is/none", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
-    ended = run_script("train.py", *TINY, "--compile", "--epochs", 1, "--hidden-size", 12, cwd=tmp_path, env=cold)
+    cold = os.environ | {"CXX": "/there/is/none", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+                         "XDG_CACHE_HOME": str(tmp_path)}
+    ended = run_script("train.py", *TINY, "--compile", "--epochs", 1, "--hidden-size", 12,
+                       cwd=tmp_path, env=cold)
     assert ended.returncode == 0, ended.stderr
     assert "slower" in ended.stdout + ended.stderr and "Traceback" not in ended.stderr
     assert (tmp_path / "model.pth").exists()
 
 
-@pytest.mark.parametrize("block", ["adaLN-Zero", pytest.param("cross-attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("block", [
+    "adaLN-Zero", pytest.param("cross-attention", marks=pytest.mark.slow)])
 def test_training_compiled_ends_where_plain_training_does(tmp_path, train_tiny, block):
     curves = []
     for option in ("--no-compile", "--compile"):
         folder = tmp_path / option
         assert train_tiny(folder, option, "--epochs", 2, "--block", block)[0] == 0
-        curves.append([line.split(",")[:4] for line in (folder / "loss.csv").read_text().splitlines()[1:]])
-    plain, fast = (torch.tensor([[float(value) for value in row] for row in curve]) for curve in curves)
+        lines = (folder / "loss.csv").read_text().splitlines()[1:]
+        curves.append(torch.tensor([[float(x) for x in line.split(",")[:4]] for line in lines]))
+    plain, fast = curves
     assert torch.allclose(plain, fast, rtol=1e-4), (plain, fast)
 
 
