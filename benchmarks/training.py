@@ -48,7 +48,7 @@ def training_step(cfg: TrainConfig, device: torch.device, fast: bool) -> tuple[C
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        update_ema(ema, model, 1, cfg.ema_decay)
+        update_ema(ema, model, cfg.ema_decay)
 
     return step, gradients
 
