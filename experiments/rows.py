@@ -62,7 +62,7 @@ def _whole(table: Path) -> Iterator[tuple[int, list[str]]]:
         return
     *lines, rest = table.read_text("utf-8", "replace").split("\n")
     if lines and lines[0] != HEADER:
-        raise DataError(f"{table}, line 1: the columns are not {HEADER}")
+        raise DataError(f"{table}, line 1: the columns are not those of rows.py")
     for number, text in enumerate(lines[1:], 2):
         cells = text.split(",")
         needed = OF_REAL if cells[0] == REAL else COLUMNS
