@@ -6,6 +6,7 @@ A field with a help text in its metadata is an option of `train.py`, so each def
 from dataclasses import dataclass, field, fields
 
 T = 1000  # diffusion steps, DDPM section 4
+BETA = (1e-4, 0.02)  # variances of the first and the last step; those between are evenly spaced
 MNIST_IMAGES, MNIST_TEST_IMAGES = 60_000, 10_000
 STEPS = {"ddpm": T, "ddim": 50}  # sampling steps, by default
 # Default strength of classifier-free guidance: the smallest one tried at which 99.5% of the digits are right.

@@ -146,7 +146,7 @@ class Run:
     def end_step(self, loss: Tensor) -> None:
         """Count the step, show the mean loss, save when due. Stopped after a signal, TrainingError if it diverges."""
         self.step += 1
-        self.loss_sum += self.ranks.mean(loss.detach())
+        self.loss_sum += self.ranks.mean(loss)
         if self.bar.update(self.cfg.batch_size):  # true when it is refreshed, twice a second at most
             self.bar.set_postfix(loss=f"{self.loss_sum.item() / self._steps_of_epoch():.4f}", refresh=False)
         stop = self.ranks.any(bool(self.signal))

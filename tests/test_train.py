@@ -65,9 +65,9 @@ def signals_at(monkeypatch, step, *numbers):
 
 def test_learning_rate():
     constant, cosine = (TrainConfig(lr=2.0, lr_schedule=schedule) for schedule in ("constant", "cosine"))
-    assert [train.learning_rate(step, 100, constant) for step in (0, 50, 99)] == [2, 2, 2]
-    assert [train.learning_rate(step, 100, cosine) for step in (0, 25, 50)] == pytest.approx([2, 1 + 0.5**0.5, 1])
-    assert 0 < train.learning_rate(99, 100, cosine) < 0.001
+    assert [train.learning_rate(step, constant, 100) for step in (0, 50, 99)] == [2, 2, 2]
+    assert [train.learning_rate(step, cosine, 100) for step in (0, 25, 50)] == pytest.approx([2, 1 + 0.5**0.5, 1])
+    assert 0 < train.learning_rate(99, cosine, 100) < 0.001
 
 
 def test_ema_with_its_ramp():
@@ -79,7 +79,7 @@ def test_ema_with_its_ramp():
             model.x_embedder.proj.bias.fill_(1)
             model.pos_embed.fill_(7)
             ema.x_embedder.proj.bias.fill_(0)
-        train.update_ema(ema, model, step, decay=0.9)
+        train.update_ema(ema, model, train.ema_decay(step, TrainConfig(ema_decay=0.9)))
         assert ema.x_embedder.proj.bias[0].item() == pytest.approx(1 - d)
     assert torch.equal(ema.pos_embed, table)
 
