@@ -29,7 +29,7 @@ from inference import add_sampling_options, check_sampling_options, generate, lo
 from runtime.checkpoint import check_weights, load_checkpoint, save_checkpoint
 from runtime.files import check_files, here_or_in_project, write_atomically
 from runtime.fused import fused
-from runtime.script import exit_status, parse, run_script
+from runtime.script import exit_status, run_script
 from runtime.speed import keep_freed_memory
 
 EPOCHS, BATCH_SIZE = 8, 125  # of the classifier; BATCH_SIZE also for sampling and the NLL bound
@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--bpd", type=int, nargs="?", const=MNIST_TEST_IMAGES, default=0, metavar="N",
         help="also measure the NLL bound of N test images (no N: of all), with 1000 evaluations each, unguided")
     add("--json", type=Path, metavar="FILE", help="also write the results to FILE")
-    args = parse(parser, argv)
+    args = parser.parse_args(argv)
     check_sampling_options(parser, args, [args.json], n=(100, 20_000), bpd=(0, MNIST_TEST_IMAGES))
     keep_freed_memory()
     return exit_status(parser, lambda: measure(args))

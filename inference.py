@@ -28,7 +28,7 @@ from runtime.checkpoint import CheckpointError, load_model
 from runtime.files import check_files, here_or_in_project
 from runtime.fused import fused
 from runtime.pictures import denser_at_the_end, fits, save_animation, save_picture, show
-from runtime.script import check_ranges, exit_status, parse, pick_device, run_script
+from runtime.script import check_ranges, exit_status, pick_device, run_script
 from runtime.speed import keep_freed_memory
 
 
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     add_sampling_options(parser)
     add("--output", type=Path, default=Path("inference.png"), help="the picture (default: %(default)s)")
     add("--gif", type=Path, metavar="FILE", help="write an animation of the denoising too")
-    args = parse(parser, argv)
+    args = parser.parse_args(argv)
     for path, suffixes in ((args.output, (".png", ".jpg", ".pdf", ".svg")), (args.gif, (".gif",))):
         if path and path.suffix.lower() not in suffixes:
             parser.error(f"{path} must end in {' or '.join(suffixes)}")

@@ -31,7 +31,7 @@ from muon import Muon
 from runtime.distributed import Ranks, joined_ranks
 from runtime.files import here_or_in_project
 from runtime.run import Run, RunFiles
-from runtime.script import TrainingError, exit_status, parse, pick_device, run_script
+from runtime.script import TrainingError, exit_status, pick_device, run_script
 from runtime.speed import compiled, keep_freed_memory
 
 HELD_OUT_BATCH = 250  # test images at a time
@@ -111,7 +111,8 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, cfg)
     generator = torch.Generator(device).manual_seed(cfg.seed)  # of t, eps and dropped labels: the same for every network
-    with Run(cfg, ranks, model, ema, optimizers, generator, len(train_set)) as run:
+    with Run(cfg, ranks, model, ema, optimizers, generator, len(train_set),
+             diffusion.schedule) as run:
         run.begin(resume)
         network, fast_ema = model, ema
         if cfg.compile:
@@ -165,7 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, bool]:
     """The recipe of the command line, and whether to resume. Exits with an error message if it is wrong."""
-    args = parse(parser, argv)
+    args = parser.parse_args(argv)
     if "model" in args:
         named = (FAMILY | PAPER)[args.model]
         parser.set_defaults(**{f.name: getattr(named, f.name) for f in fields(ModelConfig) if "help" in f.metadata})
