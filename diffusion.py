@@ -68,7 +68,12 @@ class GaussianDiffusion:
     # Forward process
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM eq. 4). x_0, eps: (N, C, H, W); t: (N,)."""
+        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM eq. 4). x_0, eps: (N, C, H, W); t: (N,).
+
+        IndexError for t outside [0, T), where that can be seen without waiting for a GPU.
+        """
+        if t.device.type == "cpu" and (t < 0).any():
+            raise IndexError("t must lie in [0, T)")
         return _at(self.alpha_bar.sqrt(), t, x_0) * x_0 + _at((1 - self.alpha_bar).sqrt(), t, x_0) * eps
 
     def predict_x_0(self, x_t: Tensor, t: Tensor, eps: Tensor, clip: bool = False) -> Tensor:
@@ -84,9 +89,10 @@ class GaussianDiffusion:
         return (x_t - _at(self.alpha_bar.sqrt(), t, x_t) * x_0) / _at((1 - self.alpha_bar).sqrt(), t, x_t)
 
     def as_eps(self, model: Model, predicts: str) -> Model:
-        """The model with its output read as eps by eq. 4, where that is x_0, or v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0.
+        """The model with its output read as eps, by eq. 4.
 
-        predicts: "eps", "x_0" (Li & He 2025) or "v" (Salimans & Ho 2022). t is the time itself: not for a respaced chain.
+        predicts: what the output is: "eps"; "x_0" (Li & He 2025, arXiv 2511.13720); or "v" =
+        sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans & Ho 2022, arXiv 2202.00512).
         """
         if predicts == "eps":
             return model

@@ -79,7 +79,7 @@ def exit_status(parser: argparse.ArgumentParser, work: Callable[[], None]) -> in
         return 128 + stop.number
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (CheckpointError, DataError, OSError, TrainingError) as error:
+    except (CheckpointError, DataError, FloatingPointError, OSError, TrainingError) as error:
         sentence = str(error)
     except (MemoryError, RuntimeError) as error:
         words = OUT_OF_MEMORY if isinstance(error, RuntimeError) else [""]

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -131,3 +132,24 @@ def test_an_edit_around_the_blocks_counts(tmp_path, process):
         assert (weights - plain_weights).abs().mean() < 1e-3
         pictures.append(pixels)
     assert all(np.abs(pixels - pictures[0]).mean() > 0.5 for pixels in pictures[1:])
+
+
+def sample_copy(folder: Path) -> tuple[int, str, bool]:
+    """Exit status and last line of inference.py in the copy, and whether it wrote a picture."""
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    import inference
+
+    with open("error.txt", "w") as error, redirect_stderr(error):
+        status = inference.main(["--sampler", "ddim", "--steps", "2", "--digits", "1", "--device", "cpu"])
+    return status, Path("error.txt").read_text().splitlines()[-1], Path("inference.png").exists()
+
+
+@pytest.mark.parametrize("edits", [
+    {"config.py": ("T = 1000", "T = 500")}, {"config.py": ("(1e-4, 0.02)", "(1e-4, 0.01)")},
+    {"diffusion.py": ("dtype=torch.float64, device=\"cpu\")  # DDPM section 4", "dtype=torch.float64).square() * 50")}])
+def test_weights_of_another_schedule_are_refused(edits, tmp_path, process):
+    """T, beta, or the curve of beta edited in place."""
+    edited_copy(tmp_path, edits)
+    status, sentence, written = process(sample_copy, (tmp_path,))
+    assert (status, written) == (1, False) and "model.pth was trained with another schedule" in sentence
