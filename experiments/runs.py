@@ -26,7 +26,7 @@ import train
 from config import TrainConfig
 from dataset import load_mnist
 from dit import DiT
-from evaluate import Classifier, accuracy, distribution_metrics, sample_images, trained_classifier
+from evaluate import Classifier, accuracy, distribution_metrics, load_classifier, sample_images
 from experiments import study
 from experiments.study import COLUMNS, DDIM_STEPS, REAL, TABLE, Network, Setting
 from inference import generate
@@ -56,7 +56,7 @@ class Worker:
     """Completes a study, side by side with other workers.
 
     recipe: for every network; its limit, data_dir and device apply too; folder: for the state of the runs; table: the CSV,
-    with samples/ next to it; classifier: the one of evaluate.py by default, which takes minutes to train at first.
+    with samples/ next to it; classifier: the included one by default.
     """
 
     def __init__(self, recipe: TrainConfig, folder: Path, table: Path, classifier: Classifier | None = None):
@@ -67,8 +67,7 @@ class Worker:
             path.mkdir(parents=True, exist_ok=True)
         self.train_set, self.test_set = (load_mnist(training, recipe.data_dir, device, recipe.limit)
                                          for training in (True, False))
-        with locked(folder / "classifier.lock", wait=True):
-            self.classifier = classifier or trained_classifier(Path(recipe.data_dir) / "classifier.pth", self.train_set)
+        self.classifier = classifier or load_classifier(device)
 
     def work(self, entries: study.Entries) -> None:
         """All that is missing and that no other worker has taken. TrainingError if some of it failed."""
