@@ -28,13 +28,7 @@ import train
 from config import TrainConfig
 from dataset import load_mnist
 from dit import DiT
-from evaluate import (
-    Classifier,
-    accuracy,
-    distribution_metrics,
-    sample_images,
-    trained_classifier,
-)
+from evaluate import Classifier, accuracy, distribution_metrics, load_classifier, sample_images
 from experiments import rows, study
 from experiments.rows import REAL
 from experiments.study import DDIM_STEPS, TABLE, Network, Setting
@@ -66,7 +60,7 @@ class Worker:
 
     recipe: for every network; its limit, data_dir and device apply too; folder: for the state of
     the runs; table: the CSV, with samples/ next to it; classifier: the one of evaluate.py by
-    default, which takes minutes to train at first.
+    default.
     """
 
     def __init__(self, recipe: TrainConfig, folder: Path, table: Path,
@@ -80,9 +74,7 @@ class Worker:
         self.train_set, self.test_set = (
             load_mnist(training, recipe.data_dir, self.device, recipe.limit)
             for training in (True, False))
-        with locked(folder / "classifier.lock", wait=True):
-            self.classifier = classifier or trained_classifier(
-                Path(recipe.data_dir) / "classifier.pth", self.train_set)
+        self.classifier = classifier or load_classifier(self.device)
 
     def work(self, entries: study.Entries) -> None:
         """All that is missing and no other worker has taken. TrainingError if some of it failed."""
