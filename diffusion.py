@@ -9,7 +9,7 @@ eps_hat, (N, C, H, W); a network that also predicts the variance returns eps_hat
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -68,7 +68,12 @@ class GaussianDiffusion:
     # Forward process
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM eq. 4). x_0, eps: (N, C, H, W); t: (N,)."""
+        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM eq. 4). x_0, eps: (N, C, H, W); t: (N,).
+
+        IndexError for t outside [0, T), where that can be seen without waiting for a GPU.
+        """
+        if t.device.type == "cpu" and (t < 0).any():
+            raise IndexError("t must lie in [0, T)")
         return _at(self.alpha_bar.sqrt(), t, x_0) * x_0 + _at((1 - self.alpha_bar).sqrt(), t, x_0) * eps
 
     def predict_x_0(self, x_t: Tensor, t: Tensor, eps: Tensor, clip: bool = False) -> Tensor:
@@ -82,6 +87,25 @@ class GaussianDiffusion:
     def predict_eps(self, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
         """eps from x_t and x_0: eq. 4 solved for eps."""
         return (x_t - _at(self.alpha_bar.sqrt(), t, x_t) * x_0) / _at((1 - self.alpha_bar).sqrt(), t, x_t)
+
+    def as_eps(self, model: Model, predicts: str) -> Model:
+        """The model with its output read as eps, by eq. 4.
+
+        predicts: what the output is: "eps"; "x_0" (Li & He 2025, arXiv 2511.13720); or "v" =
+        sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans & Ho 2022, arXiv 2202.00512).
+        """
+        if predicts == "eps":
+            return model
+
+        def eps_model(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            out, variance = split(model(x_t, t, y), x_t)
+            if predicts == "x_0":
+                eps = self.predict_eps(x_t, t, out)
+            else:
+                eps = _at(self.alpha_bar.sqrt(), t, x_t) * out + _at((1 - self.alpha_bar).sqrt(), t, x_t) * x_t
+            return eps if variance is None else torch.cat([eps, variance], dim=1)
+
+        return eps_model
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (N, C, H, W) and variance (N, 1, 1, 1) of q(x_t-1 | x_t, x_0) (DDPM eq. 6 and 7)."""
@@ -185,7 +209,7 @@ class GaussianDiffusion:
         """Ancestral sampling, x_T ~ N(0, I) down to x_0 (DDPM Algorithm 2), in `steps` respaced steps; default: all T.
 
         x_T: (N, C, H, W), noise; y: (N,) labels.
-        generator: on the CPU, where noise is drawn, so that a seed gives the same digits on every device.
+        generator: of the noise, on the CPU; see `noise`.
         on_step(t, x_t) is called with every image on the way, from x_T with t = T to the result with t = 0 (the papers' t).
         Returns (N, C, H, W).
         """
@@ -208,11 +232,16 @@ class GaussianDiffusion:
             if on_step:
                 on_step(time + 1, x_t)
             out = model(x_t, torch.full_like(y, time), y)
-            z = torch.randn(x_t.shape, generator=generator, device="cpu", dtype=x_t.dtype).to(x_t.device)
+            z = noise(x_t.shape, generator).to(x_t)
             x_t = step(x_t, torch.full_like(y, i), out, z, **step_settings)
         if on_step:
             on_step(0, x_t)
         return x_t
+
+
+def noise(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+    """N(0, I), generated in float32 on the CPU, so that a seed gives the same digits on every device and in every dtype."""
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def guided(model: Model, guidance: float, null_class: int) -> Model:

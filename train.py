@@ -78,10 +78,11 @@ def held_out_loss(model: nn.Module, diffusion: GaussianDiffusion, digits: Digits
     return total / len(digits)
 
 
-def sample_digits(ema: DiT) -> Tensor:
+def sample_digits(ema: DiT, diffusion: GaussianDiffusion) -> Tensor:
     """One sample of each digit, (10, 1, H, W), from the same noise at every call."""
     guidance = GUIDANCE if ema.config.class_dropout_prob else 1.0
-    return generate(ema, range(ema.config.num_classes), sampler="ddim", steps=SAMPLE_STEPS, guidance=guidance)
+    return generate(ema, range(ema.config.num_classes), sampler="ddim", steps=SAMPLE_STEPS, guidance=guidance,
+                    diffusion=diffusion)
 
 
 def samples_due(epoch: int, epochs: int) -> bool:
@@ -104,7 +105,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
     if data_dir != Path(cfg.data_dir) and ranks.leads:
         print(f"there is no {cfg.data_dir} here: training on {data_dir}")
     train_set, test_set = (load_mnist(split, data_dir, device, cfg.limit, cfg.model.image_size) for split in (True, False))
-    diffusion = GaussianDiffusion()
+    diffusion = GaussianDiffusion(device=device)
     torch.manual_seed(cfg.seed)  # the initial weights
     model = DiT(cfg.model).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -116,7 +117,8 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
         network, fast_ema = model, ema
         if cfg.compile:
             network, fast_ema = compiled(model, cfg.batch_size // ranks.size), compiled(ema, HELD_OUT_BATCH)
-        network = ranks.wrap(network)
+        network = diffusion.as_eps(ranks.wrap(network), cfg.model.predicts)
+        fast_ema = diffusion.as_eps(fast_ema, cfg.model.predicts)
 
         def step(x_0: Tensor, y: Tensor, lr: float, decay: float) -> Tensor:
             """DDPM Algorithm 1, lines 3 to 5, for a batch (line 2). Returns the loss."""
@@ -138,7 +140,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
                 run.end_step(step(x_0, y, learning_rate(run.step, cfg, run.total_steps), ema_decay(run.step + 1, cfg)))
             run.end_epoch(held_out_loss(fast_ema, diffusion, test_set, cfg.loss))
             if samples_due(epoch, cfg.epochs):
-                run.add_samples(sample_digits(ema))
+                run.add_samples(sample_digits(ema, diffusion))
     return ema
 
 

@@ -61,8 +61,8 @@ def exit_status(parser: argparse.ArgumentParser, work: Callable[[], None]) -> in
         return 128 + stop.args[1]
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (CheckpointError, DataError, OSError, TrainingError) as error:
-        sentence = error
+    except (CheckpointError, DataError, FloatingPointError, OSError, TrainingError) as error:
+        sentence = str(error)
     except (MemoryError, RuntimeError) as error:
         known = isinstance(error, MemoryError) or any(word in str(error) for word in OUT_OF_MEMORY)
         if not known:

@@ -8,8 +8,11 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from config import ModelConfig
 from diffusion import GaussianDiffusion, discretized_log_likelihood, guided
+from dit import DiT
 
 D = GaussianDiffusion()
 TIMES = torch.tensor([0, 1, 10, 500, 998, 999])
@@ -21,6 +24,57 @@ def images(N: int = 6, seed: int = 0) -> Tensor:
 
 
 # Schedule and closed forms
+
+def test_a_time_out_of_range():
+    for t in (-1, 1000):
+        with pytest.raises(IndexError):
+            D.q_sample(images(1), torch.tensor([t]), images(1))
+
+
+class Copies(TorchDispatchMode):
+    """Counts the tensors that are copied from one device to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            devices = [value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            devices += [kwargs["device"]] if kwargs.get("device") is not None else []
+            self.count += len({torch.device(device).type for device in devices}) > 1
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("settings", [{}, {"predicts": "x_0", "block": "in-context"},
+                                      {"predicts": "v", "learn_sigma": True}])
+def test_a_step_copies_nothing_between_devices(settings):
+    """A device without memory stands in for a GPU; reading a value from it fails."""
+    model, diffusion = DiT(ModelConfig(depth=1, **settings)).to("meta"), GaussianDiffusion(device="meta")
+    x_0, y = torch.empty(2, 1, 28, 28, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
+    with Copies() as copies:
+        t, eps = diffusion.draw_t_and_eps(x_0)
+        network = diffusion.as_eps(model, model.config.predicts)
+        diffusion.loss(network, x_0, model.y_embedder.drop(y), t, eps, "l1", min_snr=0.3).backward()
+    assert copies.count == 0
+    with Copies() as copies:
+        x_0 = torch.empty(2).to("meta")
+    assert copies.count == 1
+
+
+@pytest.mark.parametrize("predicts", ["x_0", "v"])
+def test_outputs_read_as_eps(predicts):
+    """A network that knows the answer, in whatever form, predicts eps; its variance stays."""
+    x_0, eps, t = images(seed=1), images(seed=2), TIMES
+    alpha_bar = torch.from_numpy(np.cumprod(1 - BETA))[t].reshape(-1, 1, 1, 1)
+    answer = {"x_0": x_0, "v": alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0}[predicts]
+    x_t = D.q_sample(x_0, t, eps)
+    found = D.as_eps(lambda *batch: answer, predicts)(x_t, t, t)
+    torch.testing.assert_close(found, eps)
+    found = D.as_eps(lambda *batch: torch.cat([answer, 2 * x_0], dim=1), predicts)(x_t, t, t)
+    torch.testing.assert_close(found, torch.cat([eps, 2 * x_0], dim=1))
+
 
 def test_q_sample_is_the_chain_of_single_steps():
     """Mean and variance of eq. 2 applied t + 1 times, step by step."""

@@ -1,4 +1,4 @@
-"""The metrics: their definitions, real against real images, and every kind of damage is detected."""
+"""The metrics: their definitions, real against real images; every kind of damage is detected."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT, content
+from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
 import evaluate
@@ -15,55 +16,62 @@ from config import T
 from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion
 from evaluate import (
+    CLASSIFIER,
     Classifier,
-    augmented,
+    balanced,
     coverage_metrics,
     distribution_metrics,
     fid,
+    load_classifier,
     memorised,
     nll_bound,
-    trained_classifier,
+    sample_images,
 )
+from experiments.classifier import augmented, train_classifier
 from runtime.checkpoint import CheckpointError, load_model, save_checkpoint
+
+MNIST = ROOT / "mnist"
 
 
 @pytest.fixture(scope="module")
 def data():
-    return load_mnist(True, ROOT / "mnist", limit=3000), load_mnist(False, ROOT / "mnist", limit=1000)
+    return load_mnist(True, MNIST, limit=3000), load_mnist(False, MNIST, limit=1000)
 
 
 @pytest.fixture(scope="module")
-def classifier(data, tmp_path_factory) -> Classifier:
-    """Three epochs on a few of the images: enough to tell digits apart."""
-    return trained_classifier(tmp_path_factory.mktemp("data") / "classifier.pth", data[0], epochs=3)
+def classifier() -> Classifier:
+    return load_classifier()
 
 
 # The classifier
 
-@pytest.mark.slow
-def test_the_classifier_reads_digits_and_is_kept(classifier, data, tmp_path):
-    file = tmp_path / "classifier.pth"
-    save_checkpoint(file, {"classifier": classifier.state_dict()})
+def test_the_included_classifier_reads_digits(classifier, data):
     images, labels = data[1][:]
-    assert torch.equal(trained_classifier(file, data[0])(images), classifier(images))
-    assert 0.9 < evaluate.accuracy(classifier, images, labels) < 1
-    assert evaluate.accuracy(classifier, images, (labels + 1) % 10) < 0.05
+    assert 0.99 < evaluate.accuracy(classifier, images, labels) < 1
+    assert evaluate.accuracy(classifier, images, (labels + 1) % 10) < 0.01
 
 
-def test_a_file_that_holds_no_classifier_is_refused(tmp_path, data):
-    weights = Classifier().state_dict()
-    for entries in ({"ema": {}}, {"classifier": {}}, {"classifier": {**weights, "head.bias": torch.zeros(9)}},
+def test_an_unusable_classifier_is_refused_with_the_remedy(tmp_path):
+    file, weights = tmp_path / "classifier.pth", Classifier().state_dict()
+    with pytest.raises(CheckpointError, match=r"No such file.*git checkout"):
+        load_classifier(file=file)
+    for entries in ({"ema": {}}, {"classifier": {}},
+                    {"classifier": {**weights, "head.bias": torch.zeros(9)}},
                     {"classifier": {**weights, "head.bias": torch.full((10,), torch.nan)}}):
-        save_checkpoint(tmp_path / "classifier.pth", entries)
-        with pytest.raises(CheckpointError, match="classifier"):
-            trained_classifier(tmp_path / "classifier.pth", data[0])
+        save_checkpoint(file, entries)
+        with pytest.raises(CheckpointError, match=r"classifier.*git checkout"):
+            load_classifier(file=file)
 
 
-def test_where_the_classifier_cannot_be_kept_it_is_not_trained(tmp_path, monkeypatch, data):
-    monkeypatch.setattr(evaluate, "augmented", None)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    with pytest.raises(OSError, match="--data-dir"):
-        trained_classifier(tmp_path / "classifier.pth", data[0])
+@pytest.mark.slow
+def test_a_classifier_is_trained_by_its_seed(data, tmp_path):
+    """Three epochs on a few of the images: enough to tell digits apart."""
+    trained = []
+    for number, seed in enumerate((0, 0, 1)):
+        train_classifier(tmp_path / str(number), data[0], seed, epochs=3)
+        trained.append(load_classifier(file=tmp_path / str(number)).head.weight)
+    assert torch.equal(*trained[:2]) and not torch.equal(*trained[1:])
+    assert evaluate.accuracy(load_classifier(file=tmp_path / "0"), *data[1][:]) > 0.9
 
 
 def test_augmented_images_stay_digits_on_black(data):
@@ -80,7 +88,19 @@ def test_fid_of_gaussians_is_the_closed_form():
     """|m - m'|^2 + sum (s_i - s'_i)^2 for normal features with diagonal covariances."""
     scale, generator = torch.linspace(0.5, 2, 128), torch.Generator().manual_seed(0)
     a, b = (torch.randn(20_000, 128, generator=generator) for _ in range(2))
-    assert fid(a, b * scale + 0.3) == pytest.approx(128 * 0.3**2 + ((1 - scale) ** 2).sum().item(), rel=0.05)
+    expected = 128 * 0.3**2 + ((1 - scale) ** 2).sum().item()
+    assert fid(a, b * scale + 0.3) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:cov")
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e200])
+def test_fid_of_what_has_no_fid_is_an_error(value):
+    points = torch.randn(200, 16, dtype=torch.float64)
+    broken = points.index_fill(1, torch.tensor([3]), value)
+    broken[0] = 0  # so that 1e200 varies
+    for sets in ((points, broken), (broken, points), (broken, broken), (points, points[:1])):
+        with pytest.raises(ValueError, match="FID needs"):
+            fid(*sets)
 
 
 @pytest.mark.slow
@@ -106,61 +126,121 @@ def test_fid_grows_with_every_kind_of_damage(classifier, data):
 def test_coverage_metrics_of_the_same_distribution_of_a_poor_and_of_a_narrow_one():
     generator = torch.Generator().manual_seed(0)
     real, other = (torch.randn(1000, 8, generator=generator) for _ in range(2))
-    same, far, narrow = (coverage_metrics(real, points) for points in (other, other + 10, other * 0.05))
-    assert same["density"] == pytest.approx(1, abs=0.1) and min(same["precision"], same["recall"]) > 0.8
-    # Coverage of the same distribution, Naeem et al. eq. 11: 1 - (N - 1) ... (N - k) / ((2N - 1) ... (2N - k))
+    same, far, narrow = (coverage_metrics(real, points)
+                         for points in (other, other + 10, other * 0.05))
+    assert same["density"] == pytest.approx(1, abs=0.1)
+    assert min(same["precision"], same["recall"]) > 0.8
+    # Naeem et al. eq. 11: 1 - (N - 1) ... (N - k) / ((2N - 1) ... (2N - k))
     expected = 1 - math.prod((1000 - i) / (2000 - i) for i in range(1, 6))
     assert same["coverage"] == pytest.approx(expected, abs=0.03)
     assert max(far.values()) == 0
     assert narrow["precision"] > 0.95 and narrow["recall"] < 0.05 and narrow["coverage"] < 0.3
 
 
-def test_repeated_training_images_are_memorised(data):
+def test_coverage_metrics_are_exact_far_from_the_origin():
+    """As the definitions, in float64."""
+    real = torch.randn(300, 8, generator=torch.Generator().manual_seed(0)) + 1e4
+    generated = torch.cat([real[:100] + 0.1, real[100:] + 5])
+
+    def distance(a, b):
+        return (a.double()[:, None] - b.double()).norm(dim=2)
+
+    in_real = distance(real, generated) < distance(real, real).sort().values[:, 5:6]
+    in_generated = distance(real, generated) < distance(generated, generated).sort().values[:, 5]
+    expected = {"precision": in_real.any(0), "recall": in_generated.any(1),
+                "density": in_real.sum(0) / 5, "coverage": in_real.any(1)}
+    assert coverage_metrics(real, generated) == pytest.approx(
+        {name: value.double().mean().item() for name, value in expected.items()}, abs=1e-6)
+
+
+def test_coverage_metrics_need_more_points_than_neighbours():
+    coverage_metrics(torch.rand(6, 2), torch.rand(6, 2))
+    for sizes in ((5, 6), (6, 5)):
+        with pytest.raises(ValueError, match="more than k = 5"):
+            coverage_metrics(*(torch.rand(n, 2) for n in sizes))
+
+
+def test_exact_and_noisy_copies_of_training_images_are_memorised_but_not_moved_ones(data):
     training, test = data[0][:][0], data[1][:500][0]
-    assert memorised((training[:500] + 0.02).clamp(-1, 1), training) > 0.99
-    assert memorised(test, training) < 0.01
+    copies, moved = (training[:500] + 0.02).clamp(-1, 1), training[:500].roll(1, dims=3)
+    found, others = memorised(copies, training), memorised(test, training)
+    assert found["memorised"] > 0.99 and 0 < found["nearest"] < 0.02 * 28 < others["nearest"]
+    assert others["memorised"] < 0.01 and memorised(moved, training)["memorised"] < 0.05
+    half = torch.full((1, 1, 28, 28), 0.5)
+    assert memorised(half, torch.cat([half - 0.5, half - 1])) == pytest.approx(
+        {"memorised": 0, "nearest": 0.5 * 28}, rel=1e-4)
+
+
+def test_real_images_have_the_class_frequencies_of_the_generated(data):
+    labels = torch.arange(995) % 10
+    images = balanced(data[0], labels)
+    for digit, part in enumerate(images.split(labels.bincount().tolist())):
+        assert torch.equal(part, data[0][data[0].labels == digit][0][:len(part)])
+
+
+def test_no_two_batches_share_their_noise(tiny_checkpoint, monkeypatch):
+    model, seeds = load_model(tiny_checkpoint)[0], []
+    monkeypatch.setattr(evaluate, "generate", lambda model, y, seed: (
+        seeds.append(seed), torch.zeros(len(y), 1, 28, 28))[1])
+    for seed in (0, 1, 2, 2**28, 2**31, 2**32 - 1):
+        sample_images(model, 300, seed)
+    assert seeds[:3] == [0, 1, 2] and len(set(seeds)) == 18 and max(seeds) < 2**32
 
 
 def test_nll_bound_is_the_sum_of_its_terms(data, tiny_checkpoint):
-    """With other noise: the terms of all t, and the KL of x_T and N(0, I), of one image after the other."""
+    """With other noise: the terms of all t, and the KL of x_T and N(0, I), image by image."""
     model, diffusion = load_model(tiny_checkpoint)[0], GaussianDiffusion()
     some, t = Digits(data[1].images[:2], data[1].labels[:2]), torch.arange(T)
     total = 0.0
     for x_0, y in zip(*some[:], strict=True):
         x_0, y = x_0.expand(T, 1, 28, 28), y.expand(T)
-        x_t = diffusion.q_sample(x_0, t, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(7)))
-        q_T = torch.distributions.Normal(diffusion.alpha_bar[-1].sqrt() * x_0[0], (1 - diffusion.alpha_bar[-1]).sqrt())
-        prior = torch.distributions.kl_divergence(q_T, torch.distributions.Normal(0, 1)).mean() / math.log(2)
-        total += diffusion.vlb_term(model(x_t, t, y), x_0, x_t, t).sum().item() + prior.item()
+        eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(7))
+        x_t, alpha_bar_T = diffusion.q_sample(x_0, t, eps), diffusion.alpha_bar[-1]
+        q_T = Normal(alpha_bar_T.sqrt() * x_0[0], (1 - alpha_bar_T).sqrt())
+        total += kl_divergence(q_T, Normal(0, 1)).mean().item() / math.log(2)
+        total += diffusion.vlb_term(model(x_t, t, y), x_0, x_t, t).sum().item()
     assert nll_bound(model, some) == pytest.approx(total / 2, rel=0.01)
 
 
 # The script
 
-@pytest.mark.slow
-def test_a_run_without_data_here_takes_that_of_the_project(tmp_path, monkeypatch, call, classifier, data, tiny_checkpoint):
+def test_a_run_elsewhere_measures_each_strength(tmp_path, monkeypatch, call, data, tiny_checkpoint):
+    """With the project's data and classifier."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "load_mnist", lambda train, folder, *rest: load_mnist(train, folder, "cpu", 1000))
-    monkeypatch.setattr(evaluate, "trained_classifier", lambda *arguments: classifier)
-    status, out, err = call(evaluate.main, "--checkpoint", tiny_checkpoint, "--n", 150, "--sampler", "ddim", "--steps", 2,
-                            "--device", "cpu", "--json", "results.json")
-    assert status == 0 and str(ROOT / "mnist") in out, err
+    sets = {(train, MNIST): data[not train] for train in (True, False)}
+    monkeypatch.setattr(evaluate, "load_mnist", lambda train, folder, device: sets[train, folder])
+    status, out, err = call(evaluate.main, "--checkpoint", tiny_checkpoint, "--sampler", "ddim",
+                            "--steps", 2, "--n", 150, "--guidance", 1, 1.25, "--device", "cpu",
+                            "--json", "results.json")
+    assert status == 0, err
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results.pop("source") in out
-    assert results["FID"]["generated"] > 3 * results["FID"]["real"]  # noise is no digit
-    assert all(f"{figure['generated']:.4f}" in out and f"{figure['real']:.4f}" in out for figure in results.values())
+    assert results.pop("source") in out and list(results) == ["guidance 1", "guidance 1.25", "real"]
+    assert all(f"{value:10.4f}" in out for row in results.values() for value in row.values())
+    one, other, real = results.values()
+    assert one != other and min(one["FID"], other["FID"]) > 3 * real["FID"]  # noise is no digit
+    assert real["nearest"] < one["nearest"] and real["memorised"] == 0
+
+
+def test_images_that_are_not_finite(tmp_path, monkeypatch, refused, data, tiny_checkpoint):
+    broken = data[0][:100][0].index_fill(0, torch.tensor([7]), torch.nan), data[0].labels[:100]
+    monkeypatch.setattr(evaluate, "load_mnist", lambda train, *rest: data[not train])
+    monkeypatch.setattr(evaluate, "sample_images", lambda *arguments, **settings: broken)
+    refused(evaluate.main, 1, "finite", "--checkpoint", tiny_checkpoint, "--device", "cpu",
+            "--json", tmp_path / "results.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_output_cannot_be_an_input(tmp_path, monkeypatch, refused, tiny_checkpoint):
     raw = tmp_path / "data" / "MNIST" / "raw"
-    shutil.copytree(ROOT / "mnist" / "MNIST" / "raw", raw)
-    save_checkpoint(tmp_path / "data" / "classifier.pth", {"classifier": Classifier().state_dict()})
+    shutil.copytree(MNIST / "MNIST" / "raw", raw)
     monkeypatch.chdir(tmp_path)
     shutil.copy(tiny_checkpoint, "model.pth")
     os.link("model.pth", "hard.json")
     os.symlink(raw / "t10k-labels-idx1-ubyte.gz", "soft.json")
-    before = [content(folder) for folder in (tmp_path, tmp_path / "data", raw)]
-    for output, status in (("data/../model.pth", 2), ("hard.json", 2), ("soft.json", 1), ("data/classifier.pth", 1),
-                           (raw / "train-images-idx3-ubyte.gz", 1)):
-        refused(evaluate.main, status, "same file", "--device", "cpu", "--data-dir", "data", "--json", output)
-    assert [content(folder) for folder in (tmp_path, tmp_path / "data", raw)] == before
+    folders = (tmp_path, tmp_path / "data", raw, CLASSIFIER.parent)
+    before = [content(folder) for folder in folders]
+    for output, status in (("data/../model.pth", 2), ("hard.json", 2), ("soft.json", 1),
+                           (CLASSIFIER, 1), (raw / "train-images-idx3-ubyte.gz", 1)):
+        refused(evaluate.main, status, "same file", "--device", "cpu", "--data-dir", "data",
+                "--json", output)
+    assert [content(folder) for folder in folders] == before

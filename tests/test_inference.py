@@ -166,10 +166,43 @@ def test_labels_of_every_whole_number_type(open_network):
             generate(open_network, labels)
 
 
-@pytest.mark.parametrize("settings", [{"sampler": "euler"}, {"eta": 0.5}])
-def test_settings_out_of_range(open_network, settings):
-    with pytest.raises(ValueError, match="sampler"):
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"sampler": "euler"}, "sampler must be"), ({"eta": 0.5}, "eta needs the sampler ddim"),
+    ({"sampler": "ddim", "eta": 1.5}, "eta must lie"), ({"steps": 0}, "steps must lie"), ({"steps": 1001}, "steps must lie"),
+    ({"guidance": -1}, "guidance must lie"), ({"guidance": float("nan")}, "guidance must lie"),
+    ({"seed": -1}, "seed must lie"), ({"seed": 2**32}, "seed must lie")])
+def test_settings_out_of_range(open_network, settings, words):
+    with pytest.raises(ValueError, match=words):
         generate(open_network, [1], **settings)
+
+
+def test_all_bits_of_a_seed_count(open_network):
+    images = [generate(open_network, [1], steps=1, seed=seed) for seed in (0, 1, 2**31, 2**32 - 1)]
+    assert len({image.numpy().tobytes() for image in images}) == 4
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.bfloat16, 0.3), (torch.float16, 0.05)])
+def test_the_same_digits_in_every_dtype(dtype, tolerance):
+    """Their noise is the same, generated in float32."""
+    model = load_model(ROOT / "model.pth")[0]
+    first = generate(model, [3, 7], sampler="ddim", steps=10)
+    other = generate(model.to(dtype), [3, 7], sampler="ddim", steps=10)
+    assert other.dtype == dtype and (other.float() - first).abs().mean() < tolerance
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e38])
+def test_a_sample_that_is_not_finite_is_not_shown(tmp_path, call, scale):
+    """The weights are finite, and the network overflows."""
+    model = DiT(ModelConfig(hidden_size=16, depth=1))
+    for parameter in model.parameters():
+        parameter.data.fill_(scale)
+    save_checkpoint(tmp_path / "m.pth", {"model_config": asdict(model.config), "ema": model.state_dict(), "step": 1,
+                                         "recipe": {}})
+    before = content(tmp_path)
+    status, _, err = call(inference.main, "--checkpoint", tmp_path / "m.pth", "--steps", 3, "--device", "cpu",
+                          "--output", tmp_path / "a.png", "--gif", tmp_path / "a.gif")
+    assert status == 1 and "error: the network's output is not finite" in err.splitlines()[-1] and "Traceback" not in err
+    assert content(tmp_path) == before
 
 
 def test_guidance_needs_a_null_class():
@@ -246,6 +279,7 @@ def test_a_broken_stream_costs_no_picture(tmp_path, tiny_checkpoint, streams):
 def test_the_included_weights_are_what_train_py_makes():
     """With no option at all, to the last of its epochs; and they are well trained."""
     model, info = load_model(ROOT / "model.pth")
-    assert info["recipe"] == asdict(TrainConfig())
+    recipe = info["recipe"]  # without the options that came later, which were at their defaults
+    assert TrainConfig(**recipe | {"model": ModelConfig(**recipe["model"])}) == TrainConfig()
     assert info["step"] == TrainConfig().epochs * (MNIST_IMAGES // TrainConfig().batch_size)
     assert held_out_loss(model, GaussianDiffusion(), load_mnist(False, ROOT / "mnist", limit=1000), "l1") < 0.05
