@@ -31,7 +31,7 @@ from muon import Muon
 from runtime.distributed import Ranks, joined_ranks
 from runtime.files import here_or_in_project
 from runtime.run import Run, RunFiles
-from runtime.script import TrainingError, exit_status, pick_device, run_script
+from runtime.script import exit_status, pick_device, run_script
 from runtime.speed import compiled, keep_freed_memory
 
 HELD_OUT_BATCH = 250  # test images at a time
@@ -97,8 +97,6 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
     TrainingError or ValueError with a one-sentence message when it cannot start or continue.
     """
     ranks = ranks or Ranks()
-    if cfg.batch_size % ranks.size:
-        raise TrainingError(f"a batch of {cfg.batch_size} cannot be shared evenly by {ranks.size} processes")
     keep_freed_memory()
     device = pick_device(cfg.device)
     data_dir = here_or_in_project(cfg.data_dir)

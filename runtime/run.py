@@ -80,6 +80,9 @@ class Run(ExitStack):
         recipe = {name: value for name, value in asdict(self.cfg).items() if name not in LOCAL}
         if not self.ranks.same([recipe, self.schedule]):
             raise TrainingError("the processes of this run have different options")
+        if self.cfg.batch_size % self.ranks.size:
+            raise TrainingError(f"a batch of {self.cfg.batch_size} cannot be shared evenly by "
+                                f"{self.ranks.size} processes")
         # torchrun restarts dead processes without --resume.
         if self.ranks.any(resume or (self.ranks.restarted and self.files.state.exists())):
             self._continue()

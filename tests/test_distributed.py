@@ -13,12 +13,9 @@ import torch
 from conftest import ROOT, TINY, content
 from test_train import FILES, rows
 
-from config import TrainConfig
 from runtime.checkpoint import load_model
 from runtime.distributed import Ranks
-from runtime.script import TrainingError
 from train import main as train_main
-from train import train
 
 OPTIONS = [*map(str, TINY), "--epochs", "4", "--lr", "0.01", "--optimizer", "adamw"]
 
@@ -139,30 +136,30 @@ def train_as_rank(rank, port, folder, options):
         os._exit(train_main([*OPTIONS, "--checkpoint", str(folder / "model.pth"), *options]))
 
 
-@pytest.mark.parametrize("other", [
-    ("--lr", "0.02"), ("--seed", "9"), ("--depth", "2"), ("--epochs", "5"), ("--no-compile",)])
-def test_processes_with_different_options_are_refused(tmp_path, forked, other):
-    """Except in what belongs to a machine."""
+DIFFERENT = "the processes of this run have different options"
+
+
+@pytest.mark.parametrize(("options", "other", "sentence"), [
+    ("", "--lr 0.02", DIFFERENT), ("", "--seed 9", DIFFERENT), ("", "--depth 2", DIFFERENT),
+    ("", "--batch-size 75", DIFFERENT), ("", "--no-compile --data-dir DATA", ""),
+    ("--batch-size 75", "--batch-size 75", "a batch of 75 cannot be shared evenly by 2 processes")])
+def test_processes_need_the_same_options(tmp_path, forked, options, other, sentence):
+    """Except for what belongs to a machine."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [forked.Process(target=train_as_rank, args=(rank, port, tmp_path, options))
-                 for rank, options in enumerate(((), other))]
+    (tmp_path / "data").symlink_to(ROOT / "mnist")
+    other = other.replace("DATA", str(tmp_path / "data"))
+    processes = [forked.Process(target=train_as_rank, args=(rank, port, tmp_path, words.split()))
+                 for rank, words in enumerate((options, other))]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
-    same = other[0] == "--no-compile"
-    assert [process.exitcode for process in processes] == [0 if same else 1] * 2
-    for rank in () if same else (0, 1):
-        assert (tmp_path / f"err{rank}").read_text() == (
-            "train.py: error: the processes of this run have different options\n")
-    assert (tmp_path / "model.pth").exists() == same
-
-
-def test_a_batch_that_cannot_be_shared_is_refused():
-    with pytest.raises(TrainingError, match="99 cannot be shared evenly by 2 processes"):
-        train(TrainConfig(batch_size=99), ranks=Ranks(0, 2))
+    assert [process.exitcode for process in processes] == [int(bool(sentence))] * 2
+    for rank in (0, 1) if sentence else ():
+        assert (tmp_path / f"err{rank}").read_text() == f"train.py: error: {sentence}\n"
+    assert (tmp_path / "model.pth").exists() == (not sentence)
 
 
 def test_one_process_needs_no_connection():
