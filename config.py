@@ -6,8 +6,10 @@ A field with a help text in its metadata is an option of `train.py`, so each def
 from dataclasses import dataclass, field, fields
 
 T = 1000  # diffusion steps, DDPM section 4
+BETA = (1e-4, 0.02)  # variances of the first and the last step; those between are evenly spaced
 MNIST_IMAGES, MNIST_TEST_IMAGES = 60_000, 10_000
 STEPS = {"ddpm": T, "ddim": 50}  # sampling steps, by default
+SEEDS = (0, 2**32 - 1)  # least and greatest; torch's generator on a CPU takes 32 bits
 # Default strength of classifier-free guidance: the smallest one tried at which 99.5% of the digits are right.
 GUIDANCE = 2.0
 BLOCKS = ("in-context", "cross-attention", "adaLN", "adaLN-Zero")  # in the order of DiT section 3.2
@@ -32,6 +34,7 @@ class ModelConfig:
     mlp_ratio: float = option(4.0, "hidden width of a block's MLP over the width of a token")
     num_classes: int = 10
     class_dropout_prob: float = option(0.1, "share of training labels replaced by the null class, for guidance")
+    predicts: str = option("eps", "what the output is: the noise eps, the image x_0, or v", choices=("eps", "x_0", "v"))
     learn_sigma: bool = option(False, "predict the variance of a step too, as the paper does")
     # The paper's code uses 0.02 at widths from 384. At width 64 that slows learning at first.
     label_init_std: float = option(1.0, "standard deviation of the initial label embeddings; the paper's code has 0.02")
@@ -79,7 +82,7 @@ class TrainConfig:
     def __post_init__(self):
         _check_types(self)
         for name, least, most in (("epochs", 1, 1_000_000), ("batch_size", 1, MNIST_IMAGES), ("checkpoint_every", 1, 10**9),
-                                  ("limit", 0, MNIST_IMAGES), ("seed", 0, 2**63 - 1), ("min_snr", 0, 1e9),
+                                  ("limit", 0, MNIST_IMAGES), ("seed", *SEEDS), ("min_snr", 0, 1e9),
                                   ("lr", 1e-12, 1e3), ("ema_decay", 0, 1 - 1e-9)):
             _require_within(self, name, least, most)
         _require(not self.limit or self.batch_size <= self.limit, f"batch_size {self.batch_size} exceeds limit {self.limit}")

@@ -9,14 +9,14 @@ eps_hat, (N, C, H, W); a network that also predicts the variance returns eps_hat
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from config import T
+from config import BETA, T
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -24,24 +24,27 @@ Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 class GaussianDiffusion:
     """The chain q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I) and its learned reversal.
 
-    The schedule is that of DDPM section 4, in float64 on the CPU. Its values are cast and moved when they are used.
+    The schedule is that of DDPM section 4, in float64. Its values are cast when they are used.
+    device: where t and the images will be;
     timesteps: (steps,), the times the chain visits; default: all of 0, ..., T - 1. In a respaced chain, which is for
     sampling only, the methods below take t as an index into `timesteps`; the model receives the time itself.
     """
 
-    def __init__(self, timesteps: Tensor | None = None):
-        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64, device="cpu")  # DDPM section 4
+    def __init__(self, timesteps: Tensor | None = None, device: torch.device | str = "cpu"):
+        beta = torch.linspace(*BETA, T, dtype=torch.float64, device="cpu")  # DDPM section 4
         if timesteps is not None:  # the beta between each of these times and the one before it (iDDPM eq. 19)
             alpha_bar = torch.cumprod(1 - beta, dim=0)[timesteps]
             beta = 1 - alpha_bar / _shifted(alpha_bar)
         self.timesteps = torch.arange(T, device="cpu") if timesteps is None else timesteps
-        self.beta = beta
-        self.alpha = 1 - beta
+        # Apple's GPUs lack float64, so for them the tables stay on the CPU.
+        self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
+        self.beta = beta.to(self.device)
+        self.alpha = 1 - self.beta
         self.alpha_bar = torch.cumprod(self.alpha, dim=0)
         self.alpha_bar_prev = _shifted(self.alpha_bar)
-        self.beta_tilde = beta * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)  # DDPM eq. 7
+        self.beta_tilde = self.beta * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)  # DDPM eq. 7
         # beta_tilde is 0 at t = 0, so its logarithm uses the next value there, as iDDPM's code does.
-        next_value = self.beta_tilde[1] if len(beta) > 1 else beta[0]
+        next_value = self.beta_tilde[1] if len(beta) > 1 else self.beta[0]
         self.log_beta_tilde = torch.where(self.beta_tilde > 0, self.beta_tilde, next_value).log()
 
     def __len__(self) -> int:
@@ -55,7 +58,12 @@ class GaussianDiffusion:
         if not 1 <= steps <= len(self):
             raise ValueError(f"the number of sampling steps must lie in [1, {len(self)}], not {steps}")
         kept = (torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") * len(self) / steps).round().long() - 1
-        return self if steps == len(self) else GaussianDiffusion(self.timesteps[kept])
+        return self if steps == len(self) else GaussianDiffusion(self.timesteps[kept], self.device)
+
+    @property
+    def schedule(self) -> list[float]:
+        """What a checkpoint keeps, to recognise another schedule: T, the first and last beta, the last alpha_bar."""
+        return [len(self), *(float(f"{x:.6g}") for x in (self.beta[0], self.beta[-1], self.alpha_bar[-1]))]
 
     # Forward process
 
@@ -74,6 +82,24 @@ class GaussianDiffusion:
     def predict_eps(self, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
         """eps from x_t and x_0: eq. 4 solved for eps."""
         return (x_t - _at(self.alpha_bar.sqrt(), t, x_t) * x_0) / _at((1 - self.alpha_bar).sqrt(), t, x_t)
+
+    def as_eps(self, model: Model, predicts: str) -> Model:
+        """The model with its output read as eps by eq. 4, where that is x_0, or v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0.
+
+        predicts: "eps", "x_0" (Li & He 2025) or "v" (Salimans & Ho 2022). t is the time itself: not for a respaced chain.
+        """
+        if predicts == "eps":
+            return model
+
+        def eps_model(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            out, variance = split(model(x_t, t, y), x_t)
+            if predicts == "x_0":
+                eps = self.predict_eps(x_t, t, out)
+            else:
+                eps = _at(self.alpha_bar.sqrt(), t, x_t) * out + _at((1 - self.alpha_bar).sqrt(), t, x_t) * x_t
+            return eps if variance is None else torch.cat([eps, variance], dim=1)
+
+        return eps_model
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (N, C, H, W) and variance (N, 1, 1, 1) of q(x_t-1 | x_t, x_0) (DDPM eq. 6 and 7)."""
@@ -117,22 +143,26 @@ class GaussianDiffusion:
         """Mean of |eps - eps_hat|^2 for "mse", L_simple (DDPM eq. 14; Algorithm 1, line 5), or |eps - eps_hat| for "l1".
 
         x_0: (N, C, H, W) in [-1, 1]; y, t: (N,); eps: (N, C, H, W). A scalar.
-        min_snr: gamma of the min-SNR weights min(SNR_t, gamma) / SNR_t (Hang et al. 2023); 0 turns them off. They keep
-        small t, which teaches fine detail, from outweighing larger t, which teaches shape.
+        min_snr: gamma of `min_snr_weight`; 0 for equal weights.
         """
-        distance = {"l1": F.l1_loss, "mse": F.mse_loss}[kind]
         x_t = self.q_sample(x_0, t, eps)
         eps_hat, v = split(model(x_t, t, y), x_t)
-        error = distance(eps_hat, eps, reduction="none")  # squared: DDPM eq. 14
+        error = (eps - eps_hat).abs() if kind == "l1" else (eps - eps_hat).square()  # DDPM eq. 14
         if min_snr:
-            snr = self.alpha_bar / (1 - self.alpha_bar)
-            error = _at(snr.clamp(max=min_snr) / snr, t, x_0) * error
-        if v is None:
-            return error.mean()
-        # + 0.001 L_vlb, as in L_hybrid (iDDPM eq. 16), where the error is L_simple. L_vlb, in bits/dim as in the papers'
-        # code, is a sum of T terms, estimated here from one of them: hence the factor T. It trains only v.
-        term = self.vlb_term(torch.cat([eps_hat.detach(), v], dim=1), x_0, x_t, t, clip=False)
-        return error.mean() + 0.001 * T * term.mean()
+            error = self.min_snr_weight(t, min_snr, x_0) * error
+        loss = error.mean()
+        if v is not None:  # L_hybrid (iDDPM eq. 16): L_vlb, a sum of T terms, is estimated from one; it trains only v
+            term = self.vlb_term(torch.cat([eps_hat.detach(), v], dim=1), x_0, x_t, t, clip=False)
+            loss = loss + 0.001 * T * term.mean()
+        return loss
+
+    def min_snr_weight(self, t: Tensor, gamma: float, images: Tensor) -> Tensor:
+        """min(SNR_t, gamma) / SNR_t with SNR = alpha_bar / (1 - alpha_bar) (Hang et al. 2023). (N, 1, 1, 1).
+
+        It keeps small t, which teaches fine detail, from outweighing larger t, which teaches shape.
+        """
+        snr = self.alpha_bar / (1 - self.alpha_bar)
+        return _at(snr.clamp(max=gamma) / snr, t, images)
 
     def vlb_term(self, out: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, clip: bool = True) -> Tensor:
         """One term of the NLL bound, KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)); at t = 0, -log p(x_0 | x_1) (DDPM eq. 5).
@@ -173,7 +203,7 @@ class GaussianDiffusion:
         """Ancestral sampling, x_T ~ N(0, I) down to x_0 (DDPM Algorithm 2), in `steps` respaced steps; default: all T.
 
         x_T: (N, C, H, W), noise; y: (N,) labels.
-        generator: on the CPU, where noise is drawn, so that a seed gives the same digits on every device.
+        generator: of the noise, on the CPU; see `noise`.
         on_step(t, x_t) is called with every image on the way, from x_T with t = T to the result with t = 0 (the papers' t).
         Returns (N, C, H, W).
         """
@@ -196,11 +226,16 @@ class GaussianDiffusion:
             if on_step:
                 on_step(time + 1, x_t)
             out = model(x_t, torch.full_like(y, time), y)
-            z = torch.randn(x_t.shape, generator=generator, device="cpu", dtype=x_t.dtype).to(x_t.device)
+            z = noise(x_t.shape, generator).to(x_t)
             x_t = step(x_t, torch.full_like(y, i), out, z, **step_settings)
         if on_step:
             on_step(0, x_t)
         return x_t
+
+
+def noise(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+    """N(0, I), generated in float32 on the CPU, so that a seed gives the same digits on every device and in every dtype."""
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def guided(model: Model, guidance: float, null_class: int) -> Model:
@@ -261,4 +296,4 @@ def _shifted(alpha_bar: Tensor) -> Tensor:
 
 def _at(values: Tensor, t: Tensor, images: Tensor) -> Tensor:
     """values[t] as (N, 1, 1, 1), in the images' dtype and on their device."""
-    return values.to(images.dtype).to(images.device)[t].reshape(-1, 1, 1, 1)  # cast first: Apple's GPUs lack float64
+    return values[t.to(values.device)].to(images.dtype).to(images.device).reshape(-1, 1, 1, 1)

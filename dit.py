@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from config import BLOCKS, ModelConfig
+from config import ModelConfig
 from dit_block import AdaLNBlock, CrossAttentionBlock, DiTBlock, InContextBlock, modulate
 from time_emb import TimestepEmbedder
 
-DESIGNS = dict(zip(BLOCKS, (InContextBlock, CrossAttentionBlock, AdaLNBlock, DiTBlock), strict=True))
+DESIGNS = {"in-context": InContextBlock, "cross-attention": CrossAttentionBlock, "adaLN": AdaLNBlock,
+           "adaLN-Zero": DiTBlock}
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -126,8 +127,8 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(D)
         self.y_embedder = LabelEmbedder(config.num_classes, D, config.class_dropout_prob)
         self.register_buffer("pos_embed", torch.empty(1, (config.image_size // p) ** 2, D))  # (1, L, D), not trained
-        self.adaptive = config.block.startswith("adaLN")
         design = DESIGNS[config.block]
+        self.adaptive = design.adaptive
         self.blocks = nn.ModuleList(design(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
         self.final_layer = (FinalLayer if self.adaptive else PlainFinalLayer)(D, p, config.out_channels)
         if initialize:

@@ -72,6 +72,8 @@ class InContextBlock(nn.Module):
     ignores c.
     """
 
+    adaptive = False  # t and y reach it as tokens
+
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
@@ -90,6 +92,8 @@ class CrossAttentionBlock(nn.Module):
 
     x: (N, L, D); c: (N, 2, D), the sequence of the two tokens t and y -> (N, L, D).
     """
+
+    adaptive = False  # t and y reach it as tokens
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -113,6 +117,8 @@ class AdaLNBlock(nn.Module):
     x: (N, L, D), c: (N, D) -> (N, L, D).
     """
 
+    adaptive = True  # t and y reach it as c, the sum of their embeddings
+
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
@@ -133,6 +139,8 @@ class DiTBlock(nn.Module):
 
     `DiT.initialize_weights` sets adaLN_modulation to zero: all gates are 0 and a new block is the identity.
     """
+
+    adaptive = True  # t and y reach it as c, the sum of their embeddings
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()

@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from config import GUIDANCE, MNIST_TEST_IMAGES, T
 from dataset import Digits, load_mnist
-from diffusion import GaussianDiffusion
+from diffusion import GaussianDiffusion, noise
 from dit import DiT
 from inference import add_sampling_options, check_sampling_options, generate, load_sampling_model
 from runtime.checkpoint import CheckpointError, check_weights, load_checkpoint
 from runtime.files import PROJECT, check_files, here_or_in_project, write_atomically
 from runtime.fused import fused
-from runtime.script import exit_status, parse, run_script
+from runtime.script import exit_status, run_script
 from runtime.speed import keep_freed_memory
 
 CLASSIFIER = PROJECT / "mnist" / "classifier.pth"
@@ -159,9 +159,9 @@ def sample_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def nll_bound(model: DiT, digits: Digits, seed: int = 0) -> float:
+def nll_bound(model: DiT, digits: Digits, diffusion: GaussianDiffusion, seed: int = 0) -> float:
     """Upper bound on -log p(x_0 | y) (DDPM eq. 5) in bits/dim, mean over `digits`."""
-    diffusion, network = GaussianDiffusion(), fused(model, frozen=True)
+    network = diffusion.as_eps(fused(model, frozen=True), model.config.predicts)
     generator = torch.Generator().manual_seed(seed)
     total, alpha_bar_T = 0.0, diffusion.alpha_bar[-1].item()
     for start in tqdm(range(0, len(digits), BATCH_SIZE), desc="NLL bound", unit="batch"):
@@ -170,8 +170,7 @@ def nll_bound(model: DiT, digits: Digits, seed: int = 0) -> float:
         terms = prior.flatten(1).mean(dim=1) / math.log(2)  # (N,): KL(q(x_T | x_0) || N(0, I))
         for time in range(T):
             t = torch.full_like(y, time)
-            eps = torch.randn(x_0.shape, generator=generator, device="cpu", dtype=x_0.dtype)
-            x_t = diffusion.q_sample(x_0, t, eps.to(x_0.device))
+            x_t = diffusion.q_sample(x_0, t, noise(x_0.shape, generator).to(x_0))
             terms = terms + diffusion.vlb_term(network(x_t, t, y), x_0, x_t, t)
         total += terms.sum().item()
     return total / len(digits)
@@ -181,16 +180,17 @@ def measure(args: argparse.Namespace) -> None:
     """What the command line asks for. CheckpointError, DataError or OSError with a sentence."""
     folder = here_or_in_project(args.data_dir)
     check_files([args.json], [CLASSIFIER, *folder.glob("MNIST/raw/*")])
-    model, classifier = load_sampling_model(args), load_classifier(args.device)
+    diffusion, classifier = GaussianDiffusion(device=args.device), load_classifier(args.device)
+    model = load_sampling_model(args, diffusion)
     train_set, test_set = (load_mnist(train, folder, args.device) for train in (True, False))
     rows = {"source": f"{args.checkpoint}: {args.n:,} images, {args.sampler}, {args.steps} steps, "
                       f"eta {args.eta:g}, seed {args.seed}"}
     try:
         for guidance in args.strengths:
-            samples = sample_images(model, args.n, args.seed, sampler=args.sampler,
-                                    steps=args.steps, eta=args.eta, guidance=guidance)
+            samples = sample_images(model, args.n, args.seed, sampler=args.sampler, eta=args.eta,
+                                    steps=args.steps, guidance=guidance, diffusion=diffusion)
             rows[f"guidance {guidance:g}"] = evaluate(*samples, classifier, train_set, test_set)
-    except ValueError as error:
+    except (FloatingPointError, ValueError) as error:
         raise CheckpointError(f"{args.checkpoint} cannot be measured: {error}") from error
     test_images, real = test_set[:][0], balanced(train_set, samples[1])
     rows["real"] = {"accuracy": accuracy(classifier, *test_set[:]),
@@ -198,7 +198,7 @@ def measure(args: argparse.Namespace) -> None:
                     **memorised(test_images, train_set[:][0])}
     if args.bpd:
         some = load_mnist(False, folder, args.device, args.bpd, model.config.image_size)
-        rows["real"]["bits/dim"] = nll_bound(model, some, args.seed)
+        rows["real"]["bits/dim"] = nll_bound(model, some, diffusion, args.seed)
     if args.json:
         write_atomically(args.json, lambda path: path.write_text(json.dumps(rows, indent=1)))
     print(rows.pop("source"), " " * 13 + "".join(f"{name:>10}" for name in rows["real"]), sep="\n")
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--bpd", type=int, nargs="?", const=MNIST_TEST_IMAGES, default=0, metavar="N",
         help="also the NLL bound of N test images (no N: all), unguided, 1000 evaluations each")
     add("--json", type=Path, metavar="FILE", help="also write the results to FILE")
-    args = parse(parser, argv)
+    args = parser.parse_args(argv)
     for strength in args.strengths:
         args.guidance = strength
         check_sampling_options(parser, args, [args.json], n=(100, 20_000), bpd=(0, 10_000))

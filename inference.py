@@ -21,42 +21,54 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import GUIDANCE, STEPS, T
-from diffusion import GaussianDiffusion, guided
+from config import GUIDANCE, SEEDS, STEPS, T
+from diffusion import GaussianDiffusion, guided, noise
 from dit import DiT
 from runtime.checkpoint import CheckpointError, load_model
 from runtime.files import check_files, here_or_in_project
 from runtime.fused import fused
 from runtime.pictures import denser_at_the_end, fits, save_animation, save_picture, show
-from runtime.script import check_ranges, exit_status, parse, pick_device, run_script
+from runtime.script import check_ranges, exit_status, pick_device, run_script
 from runtime.speed import keep_freed_memory
 
 
-def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm",
-             steps: int | None = None, eta: float = 0.0, guidance: float = GUIDANCE, seed: int = 0,
+def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm", steps: int | None = None,
+             eta: float = 0.0, guidance: float = GUIDANCE, seed: int = 0, diffusion: GaussianDiffusion | None = None,
              on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
     """One image per label. labels: (N,) ints in [0, num_classes]; returns (N, C, H, W) in [-1, 1].
 
     sampler, steps: "ddpm" (1000 by default) or "ddim" (50); eta: noise of ddim, in [0, 1];
     guidance: 1 turns it off; on_step(t, x_t): see `GaussianDiffusion.ddpm_sample`.
-    ValueError if one is out of range.
+    ValueError if one is out of range, FloatingPointError if the result is not finite.
     """
-    if sampler not in STEPS:
-        raise ValueError(f"sampler must be one of {', '.join(STEPS)}, not {sampler!r}")
-    if eta and sampler != "ddim":
-        raise ValueError("eta needs the sampler ddim")
-    config, device, dtype = model.config, model.pos_embed.device, model.pos_embed.dtype
+    config, device = model.config, model.pos_embed.device
+    diffusion = diffusion or GaussianDiffusion(device=device)
+    steps = check_settings(sampler, steps, eta, guidance, seed)
     if guidance != 1 and config.class_dropout_prob == 0:
         raise ValueError("the network was trained without a null class: guidance must be 1")
     y = as_labels(labels, config.num_classes).to(device)
-    diffusion, generator = GaussianDiffusion(), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    network = guided(diffusion.as_eps(fused(model, frozen=True), config.predicts), guidance, null_class=config.num_classes)
     sample = diffusion.ddpm_sample if sampler == "ddpm" else partial(diffusion.ddim_sample, eta=eta)
-    network = guided(fused(model, frozen=True), guidance, null_class=config.num_classes)
-    shape = (len(y), config.in_channels, config.image_size, config.image_size)
+    x_T = noise((len(y), config.in_channels, config.image_size, config.image_size), generator)  # DDPM Algorithm 2, line 1
+    x_0 = sample(network, x_T.to(model.pos_embed), y, steps=steps, generator=generator, on_step=on_step)
+    if not x_0.isfinite().all():
+        raise FloatingPointError("the network's output is not finite, so there is nothing to show")
+    return x_0
+
+
+def check_settings(sampler: str, steps: int | None, eta: float, guidance: float, seed: int) -> int:
+    """The number of steps. ValueError if one of the settings of `generate` is out of range."""
+    if sampler not in STEPS:
+        raise ValueError(f"sampler must be one of {', '.join(STEPS)}, not {sampler!r}")
     steps = STEPS[sampler] if steps is None else steps
-    # DDPM Algorithm 2, line 1
-    x_T = torch.randn(shape, generator=generator, device="cpu", dtype=dtype).to(device)
-    return sample(network, x_T, y, steps=steps, generator=generator, on_step=on_step)
+    ranges = {"steps": (steps, 1, T), "eta": (eta, 0, 1), "guidance": (guidance, 0, 100), "seed": (seed, *SEEDS)}
+    for name, (value, least, most) in ranges.items():
+        if not least <= value <= most:
+            raise ValueError(f"{name} must lie in [{least}, {most}], not {value}")
+    if eta and sampler != "ddim":
+        raise ValueError("eta needs the sampler ddim")
+    return steps
 
 
 def as_labels(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
@@ -71,7 +83,8 @@ def as_labels(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
 
 def sample_pictures(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """What the command line asks for. CheckpointError or OSError with a one-sentence message."""
-    model = load_sampling_model(args)
+    diffusion = GaussianDiffusion(device=args.device)
+    model = load_sampling_model(args, diffusion)
     print(f"{args.described}, with eps_hat = eps(null) + guidance (eps(digit) - eps(null))")
     y = torch.tensor(args.digits).repeat_interleave(args.per_digit)
     per_row = args.per_digit if args.per_digit > 1 else len(y)  # in the animation
@@ -79,7 +92,7 @@ def sample_pictures(parser: argparse.ArgumentParser, args: argparse.Namespace) -
              *([(len(y) // per_row, per_row)] if args.gif else [])]
     if not all(fits(*size, model.config.image_size) for size in sizes):
         parser.error("the picture is too large: try fewer --digits, --per-digit or --columns")
-    all_times = [*(GaussianDiffusion().respaced(args.steps).timesteps.flip(0) + 1).tolist(), 0]
+    all_times = [*(diffusion.respaced(args.steps).timesteps.flip(0) + 1).tolist(), 0]
     times = denser_at_the_end(all_times, args.columns)
     frames = denser_at_the_end(all_times, 31) if args.gif else []
     kept = {}  # t -> x_t
@@ -91,7 +104,7 @@ def sample_pictures(parser: argparse.ArgumentParser, args: argparse.Namespace) -
                 kept[t] = x_t.cpu()
 
         generate(model, y, sampler=args.sampler, steps=args.steps, eta=args.eta,
-                 guidance=args.guidance, seed=args.seed, on_step=on_step)
+                 guidance=args.guidance, seed=args.seed, diffusion=diffusion, on_step=on_step)
     rows, columns, names = kept[0].split(args.per_digit), [], args.digits
     if args.columns > 1:
         rows, columns, names = torch.stack([kept[t] for t in times], 1), [f"t={t}" for t in times], y.tolist()
@@ -104,9 +117,9 @@ def sample_pictures(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 # The command line
 
-def load_sampling_model(args: argparse.Namespace) -> DiT:
+def load_sampling_model(args: argparse.Namespace, diffusion: GaussianDiffusion) -> DiT:
     """The network of the command line. CheckpointError if it cannot sample what is asked for."""
-    model, info = load_model(args.checkpoint, args.device)
+    model, info = load_model(args.checkpoint, args.device, diffusion)
     config = model.config
     if (config.in_channels, config.num_classes) != (1, 10) or config.image_size < 28 or config.image_size % 2:
         raise CheckpointError(f"{args.checkpoint} is not of a network for MNIST images")
@@ -132,10 +145,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def check_sampling_options(parser: argparse.ArgumentParser, args: argparse.Namespace,
                            outputs: Sequence[Path | None], **ranges: tuple[float, float]) -> None:
     """Exit with an error message if an option or a file cannot be used. Fills in the steps, the device and `described`."""
-    args.steps = STEPS[args.sampler] if args.steps is None else args.steps
-    check_ranges(parser, args, steps=(1, T), eta=(0, 1), guidance=(0, 100), seed=(0, 2**63 - 1), **ranges)
-    if args.eta and args.sampler != "ddim":
-        parser.error("argument --eta: needs --sampler ddim")
+    check_ranges(parser, args, **ranges)
+    try:
+        args.steps = check_settings(args.sampler, args.steps, args.eta, args.guidance, args.seed)
+    except ValueError as error:
+        parser.error(str(error))
     sampler = args.sampler if args.sampler == "ddpm" else f"{args.sampler}, eta {args.eta:g}"
     args.described = f"{sampler}, {args.steps} steps, guidance {args.guidance:g}, seed {args.seed}"
     args.checkpoint = here_or_in_project(args.checkpoint)
@@ -157,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     add_sampling_options(parser)
     add("--output", type=Path, default=Path("inference.png"), help="the picture (default: %(default)s)")
     add("--gif", type=Path, metavar="FILE", help="write an animation of the denoising too")
-    args = parse(parser, argv)
+    args = parser.parse_args(argv)
     for path, suffixes in ((args.output, (".png", ".jpg", ".pdf", ".svg")), (args.gif, (".gif",))):
         if path and path.suffix.lower() not in suffixes:
             parser.error(f"{path} must end in {' or '.join(suffixes)}")

@@ -27,4 +27,4 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sinusoid(t, self.frequency_size))
+        return self.mlp(sinusoid(t, self.frequency_size).to(self.mlp[0].weight.dtype))

@@ -20,24 +20,25 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config import FAMILY, GUIDANCE, PAPER, ModelConfig, TrainConfig
 from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion
 from dit import DiT
 from inference import generate
+from muon import Muon
 from runtime.distributed import Ranks, joined_ranks
 from runtime.files import here_or_in_project
 from runtime.run import Run, RunFiles
-from runtime.script import TrainingError, exit_status, parse, pick_device, run_script
+from runtime.script import TrainingError, exit_status, pick_device, run_script
 from runtime.speed import compiled, keep_freed_memory
 
 HELD_OUT_BATCH = 250  # test images at a time
 SAMPLE_STEPS = 25  # of DDIM, for samples.png
 
 
-def learning_rate(step: int, total_steps: int, cfg: TrainConfig) -> float:
+def learning_rate(step: int, cfg: TrainConfig, total_steps: int) -> float:
     """The rate of step 0, 1, ...: half a cosine from cfg.lr to 0, or cfg.lr throughout."""
     if cfg.lr_schedule == "constant":
         return cfg.lr
@@ -49,16 +50,20 @@ def make_optimizers(model: DiT, cfg: TrainConfig) -> list[torch.optim.Optimizer]
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if cfg.optimizer == "muon" else []
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=True)]
-    if matrices:  # updates as large as AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982)
-        optimizers.append(torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    if matrices:
+        optimizers.append(Muon(matrices, lr=cfg.lr))
     return optimizers
 
 
+def ema_decay(step: int, cfg: TrainConfig) -> float:
+    """The EMA's decay after `step` steps: small at first, so that the initial weights are soon forgotten."""
+    return min(cfg.ema_decay, (1 + step) / (10 + step))
+
+
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """ema <- d ema + (1 - d) model, for each parameter, after `step` steps. A small d at first forgets the first weights."""
-    d = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema <- decay ema + (1 - decay) model, for each parameter; buffers do not change."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 @torch.no_grad()
@@ -73,10 +78,11 @@ def held_out_loss(model: nn.Module, diffusion: GaussianDiffusion, digits: Digits
     return total / len(digits)
 
 
-def sample_digits(ema: DiT) -> torch.Tensor:
+def sample_digits(ema: DiT, diffusion: GaussianDiffusion) -> Tensor:
     """One sample of each digit, (10, 1, H, W), from the same noise at every call."""
     guidance = GUIDANCE if ema.config.class_dropout_prob else 1.0
-    return generate(ema, range(ema.config.num_classes), sampler="ddim", steps=SAMPLE_STEPS, guidance=guidance)
+    return generate(ema, range(ema.config.num_classes), sampler="ddim", steps=SAMPLE_STEPS, guidance=guidance,
+                    diffusion=diffusion)
 
 
 def samples_due(epoch: int, epochs: int) -> bool:
@@ -99,37 +105,42 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
     if data_dir != Path(cfg.data_dir) and ranks.leads:
         print(f"there is no {cfg.data_dir} here: training on {data_dir}")
     train_set, test_set = (load_mnist(split, data_dir, device, cfg.limit, cfg.model.image_size) for split in (True, False))
-    diffusion = GaussianDiffusion()
+    diffusion = GaussianDiffusion(device=device)
     torch.manual_seed(cfg.seed)  # the initial weights
     model = DiT(cfg.model).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, cfg)
     generator = torch.Generator(device).manual_seed(cfg.seed)  # of t, eps and dropped labels: the same for every network
-    with Run(cfg, ranks, model, ema, optimizers, generator, len(train_set)) as run:
+    with Run(cfg, ranks, model, ema, optimizers, generator, len(train_set),
+             diffusion.schedule) as run:
         run.begin(resume)
         network, fast_ema = model, ema
         if cfg.compile:
             network, fast_ema = compiled(model, cfg.batch_size // ranks.size), compiled(ema, HELD_OUT_BATCH)
-        network = ranks.wrap(network)
+        network = diffusion.as_eps(ranks.wrap(network), cfg.model.predicts)
+        fast_ema = diffusion.as_eps(fast_ema, cfg.model.predicts)
+
+        def step(x_0: Tensor, y: Tensor, lr: float, decay: float) -> Tensor:
+            """DDPM Algorithm 1, lines 3 to 5, for a batch (line 2). Returns the loss."""
+            t, eps = diffusion.draw_t_and_eps(x_0, generator)  # lines 3 and 4
+            y = model.y_embedder.drop(y, generator)  # CFG Algorithm 1, line 3
+            x_0, y, t, eps = ranks.share(x_0, y, t, eps)  # all of it, unless several processes train
+            loss = diffusion.loss(network, x_0, y, t, eps, cfg.loss, cfg.min_snr)
+            loss.backward()  # line 5
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+                optimizer.zero_grad()
+            update_ema(ema, model, decay)
+            return loss.detach()
 
         for epoch in run.epochs():
-            for x_0, y in run.batches(train_set):  # DDPM Algorithm 1
-                t, eps = diffusion.draw_t_and_eps(x_0, generator)
-                y = model.y_embedder.drop(y, generator)  # CFG Algorithm 1
-                x_0, y, t, eps = ranks.share(x_0, y, t, eps)  # all of it, unless several processes train
-                loss = diffusion.loss(network, x_0, y, t, eps, cfg.loss, cfg.min_snr)
-                loss.backward()
-                lr = learning_rate(run.step, run.total_steps, cfg)
-                for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr
-                    optimizer.step()
-                    optimizer.zero_grad()
-                update_ema(ema, model, run.step + 1, cfg.ema_decay)
-                run.end_step(loss)
+            for x_0, y in run.batches(train_set):
+                run.end_step(step(x_0, y, learning_rate(run.step, cfg, run.total_steps), ema_decay(run.step + 1, cfg)))
             run.end_epoch(held_out_loss(fast_ema, diffusion, test_set, cfg.loss))
             if samples_due(epoch, cfg.epochs):
-                run.add_samples(sample_digits(ema))
+                run.add_samples(sample_digits(ema, diffusion))
     return ema
 
 
@@ -155,7 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, bool]:
     """The recipe of the command line, and whether to resume. Exits with an error message if it is wrong."""
-    args = parse(parser, argv)
+    args = parser.parse_args(argv)
     if "model" in args:
         named = (FAMILY | PAPER)[args.model]
         parser.set_defaults(**{f.name: getattr(named, f.name) for f in fields(ModelConfig) if "help" in f.metadata})

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the arithmetic of a call, the roofline, and medians of many calls.
+"""What the benchmarks share: the roofline, and medians of many calls.
 
 The roofline is the time that the arithmetic alone takes at the rate of a large matrix product in the same run.
 """
@@ -9,16 +9,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 WARM_UP = 5
-
-
-def arithmetic(call: Callable[[], object]) -> int:
-    """Floating point operations of the matrix products of a call: 2 for a multiplication and an addition."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
 
 
 def seconds(device: torch.device, call: Callable[[], object], repeats: int) -> float:

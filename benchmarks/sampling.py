@@ -8,11 +8,12 @@ import argparse
 
 import torch
 
-from benchmarks.measure import about, arithmetic, medians
+from benchmarks.measure import about, medians
 from config import ModelConfig
 from diffusion import GaussianDiffusion, guided
 from dit import DiT
 from inference import generate
+from runtime.flops import arithmetic
 from runtime.script import pick_device
 from runtime.speed import keep_freed_memory
 
@@ -20,7 +21,8 @@ STEPS = 100  # per measurement
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Time a sampling step, and compare with its roofline.", allow_abbrev=False)
     add = parser.add_argument
     for name, default in (("batch-size", 10), ("hidden-size", ModelConfig.hidden_size), ("depth", ModelConfig.depth),
                           ("patch-size", ModelConfig.patch_size), ("rounds", 5)):
@@ -38,14 +40,15 @@ def main(argv: list[str] | None = None) -> None:
     model = DiT(config).to(device).eval().requires_grad_(False)
     y = torch.arange(args.batch_size, device=device) % config.num_classes
     x_T = torch.randn(len(y), 1, 28, 28, device=device)
+    diffusion = GaussianDiffusion(device=device)
     network = guided(model, args.guidance, null_class=config.num_classes)
 
     def plain() -> None:
         """The sampler with the network as it stands in dit.py."""
-        GaussianDiffusion().ddim_sample(network, x_T, y, steps=STEPS)
+        diffusion.ddim_sample(network, x_T, y, steps=STEPS)
 
     def fast() -> None:
-        generate(model, y, sampler="ddim", steps=STEPS, guidance=args.guidance)
+        generate(model, y, sampler="ddim", steps=STEPS, guidance=args.guidance, diffusion=diffusion)
 
     flops = arithmetic(lambda: network(x_T, torch.zeros_like(y), y))
     times, rate = medians(device, {"plain": plain, "generate": fast}, args.rounds)

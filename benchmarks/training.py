@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.measure import about, arithmetic, medians
+from benchmarks.measure import about, medians
 from config import FAMILY, ModelConfig, TrainConfig
 from dataset import Digits
 from diffusion import GaussianDiffusion
 from dit import DiT
+from runtime.flops import arithmetic
 from runtime.pictures import DPI, save_picture, tidy
 from runtime.script import pick_device
 from runtime.speed import compiled, keep_freed_memory
@@ -48,7 +49,7 @@ def training_step(cfg: TrainConfig, device: torch.device, fast: bool) -> tuple[C
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        update_ema(ema, model, 1, cfg.ema_decay)
+        update_ema(ema, model, cfg.ema_decay)
 
     return step, gradients
 
@@ -82,7 +83,8 @@ def step_time(points: list[tuple[str, int, float, float]]) -> Figure:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Time a training step, and compare with its roofline.", allow_abbrev=False)
     add = parser.add_argument
     for name, default in (("batch-size", 300), ("hidden-size", ModelConfig.hidden_size), ("depth", ModelConfig.depth),
                           ("patch-size", ModelConfig.patch_size), ("rounds", 10)):

@@ -1,6 +1,6 @@
 """Checkpoints that hold tensors and plain values only, and are checked before they are used.
 
-`model.pth` holds what sampling needs; `run.py` writes the same kind of file for a run to continue from.
+`model.pth` holds what sampling needs; `run.py` writes the same kind of file for --resume.
 """
 
 import hashlib
@@ -8,24 +8,20 @@ import io
 import math
 import os
 import pickle
-import pickletools
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from config import ModelConfig
+from diffusion import GaussianDiffusion
 from dit import DiT
 from runtime.files import PROJECT, write_atomically
 
-FORMAT = 1  # incremented when the entries of a file change, so that older code can say what is wrong
-WEIGHTS = {"model_config": dict, "ema": dict, "step": int, "recipe": dict}  # the entries of model.pth
-MAX_BYTES = 2**34  # of a file that is read
-KINDS = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
-         *(f"torch {kind}Storage" for kind in KINDS)}  # what the pickle in a file may refer to
+FORMAT = 1  # incremented when the entries of a file change, so that older code says what is wrong
+WEIGHTS = {"model_config": dict, "ema": dict, "step": int, "recipe": dict}  # what model.pth needs
+FIRST_SCHEDULE = [1000, 0.0001, 0.02, 4.03583e-05]  # of files that do not name theirs
 
 
 class CheckpointError(Exception):
@@ -33,50 +29,47 @@ class CheckpointError(Exception):
 
 
 def printable(value: object) -> str:
-    """Text from a file for a terminal: short, and without characters that the terminal would obey."""
+    """Text from a file for a terminal: short, and without characters that it would obey."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value)[:200])
 
 
 def save_checkpoint(path: str | Path, content: dict) -> None:
-    """Write a dict of tensors and plain values, arbitrarily nested, with a checksum. Atomic; OSError if it fails."""
+    """Write nested dicts and lists of tensors and plain values. Atomic; OSError if it fails."""
     content = {"format": FORMAT, **content}
-    buffer = io.BytesIO()  # written by Python and not by torch, whose errors do not say why a disk refuses
+    buffer = io.BytesIO()  # written by Python: torch's errors do not say why a disk refuses
     torch.save({**content, "sha256": checksum(content)}, buffer)
     write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
 def load_checkpoint(path: str | Path, entries: dict[str, type]) -> dict:
-    """Read what `save_checkpoint` wrote, on the CPU. Nothing in the file is run, and its checksum is verified.
+    """Read what `save_checkpoint` wrote, on the CPU, and verify it. Nothing in the file is run.
 
-    CheckpointError if the file is missing, damaged, of another kind, or lacks one of `entries` (name: type). A hostile
-    file costs time and memory in proportion to its size, and no more.
+    CheckpointError if it is missing, damaged, of another kind, or lacks an entry (name: type).
     """
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for someone to write into it
-            raise CheckpointError(f"{path} is a {'directory' if path.is_dir() else 'pipe or a device'}, not a file")
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise CheckpointError(f"{path} is too large for a checkpoint ({size / 2**30:.0f} GiB)")
-        with path.open("rb") as file:
-            if kind := _other_kind(file):
-                raise CheckpointError(f"{path} is {kind}; a checkpoint of this project is needed")
-            check_archive(file, size)
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+            kind = "directory" if path.is_dir() else "pipe or a device"
+            raise CheckpointError(f"{path} is a {kind}, not a file")
+        check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not isinstance(content.get("format"), int):
-            raise CheckpointError(f"{path} is not a checkpoint of this project: it does not say its format")
-        computed = checksum({key: value for key, value in content.items() if key != "sha256"}, most=2**20 + 16 * size)
+            raise CheckpointError(f"{path} is not a checkpoint of this project: it names no format")
+        computed = checksum({name: content[name] for name in content if name != "sha256"})
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except MemoryError as error:
         raise CheckpointError(f"{path} needs more memory than there is") from error
-    except Exception as error:  # a damaged or crafted file can fail anywhere, with any exception
+    except Exception as error:  # a damaged file can fail anywhere, with any exception
         reason = f"{type(error).__name__}: {printable(error)}"
+        if isinstance(error, pickle.UnpicklingError):  # torch's sentence advises to run it
+            reason = "it holds something other than tensors and plain values; none of it was run"
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason})") from error
     if content["format"] != FORMAT:
-        raise CheckpointError(f"{path} is of another version of this project (format {content['format']}, not {FORMAT})")
+        raise CheckpointError(f"{path} is of another version of this project "
+                              f"(format {content['format']}, not {FORMAT})")
     if computed != content.get("sha256"):
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
     for name, kind in entries.items():
@@ -85,111 +78,110 @@ def load_checkpoint(path: str | Path, entries: dict[str, type]) -> dict:
     return content
 
 
-def _other_kind(file: BinaryIO) -> str:
-    """What the file is, if it is of another known format; "" for anything else."""
-    start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, whose file `git lfs pull` fetches"
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:  # the length of its header, then that, as JSON
-        return "a safetensors file"
-    if start.startswith(b"\x80"):
-        return "a bare pickle, as torch wrote before version 1.6"
-    return "a NumPy .npz file" if start.startswith(b"PK") and b".npy" in start else ""
-
-
-def check_archive(file: BinaryIO, size: int) -> None:
-    """ValueError or UnpicklingError unless a file of `size` bytes is as torch.save writes tensors and plain values.
-
-    torch.load(weights_only=True) runs no foreign code either. But it decompresses entries, and it calls functions such as
-    bytearray, which can allocate any amount of memory.
-    """
-    with zipfile.ZipFile(file) as archive:
+def check_archive(path: Path) -> None:
+    """ValueError if the file would grow when it is read: torch.save does not compress."""
+    with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("its entries are compressed")
-        if sum(entry.file_size for entry in entries) > size or len(set(archive.namelist())) < len(entries):
-            raise ValueError("its entries overlap")
-        [pickled] = (archive.read(entry) for entry in entries if entry.filename.endswith("data.pkl"))
-    tuples = 20_000 + 4 * len(entries)  # a tensor needs four; 200,000 nested ones, as a dict's key, crash Python
-    for instruction, value, _ in pickletools.genops(pickled):
-        tuples -= instruction.name.startswith("TUPLE")
-        if tuples < 0:
-            raise ValueError("it holds too many tuples")
-        if instruction.name == "GLOBAL" and value not in NAMES:
-            raise pickle.UnpicklingError("it holds something other than tensors and plain values; none of it was run")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its entries are compressed")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("its entries overlap")
 
 
-def checksum(content: object, most: float = math.inf) -> str:
-    """SHA-256 of tensors and plain values in nested dicts, lists and tuples: names, types, shapes and values.
-
-    ValueError after `most` bytes: [a, a] with a = [b, b], and so on, has 2^n values in 8 n bytes of a file.
-    """
-    sha, count = hashlib.sha256(), 0
-
-    def update(data) -> None:
-        nonlocal count
-        count += len(data) + 8
-        if count > most:
-            raise ValueError("it repeats its values too often")
-        sha.update(data)
+def checksum(content: object) -> str:
+    """SHA-256 of nested dicts, lists and tuples of tensors and plain values, names included."""
+    sha = hashlib.sha256()
 
     def add(value: object) -> None:
         if isinstance(value, Tensor):
-            if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # with a stride of 0
-                raise ValueError("a tensor has more values than its storage holds")
-            update(f"{value.dtype} {tuple(value.shape)};".encode())
-            update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            sha.update(f"{value.dtype} {tuple(value.shape)};".encode())
+            values = value.detach().cpu().contiguous().reshape(-1)
+            sha.update(values.view(torch.uint8).numpy())
         elif isinstance(value, dict):
-            update(f"dict {len(value)};".encode())
+            sha.update(f"dict {len(value)};".encode())
             for key, item in value.items():
                 add(key)
                 add(item)
         elif isinstance(value, list | tuple):
-            update(f"{type(value).__name__} {len(value)};".encode())
+            sha.update(f"{type(value).__name__} {len(value)};".encode())
             for item in value:
                 add(item)
         else:
-            update(f"{value!r};".encode())
+            sha.update(f"{value!r};".encode())
 
     add(content)
     return sha.hexdigest()
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[DiT, dict]:
-    """The network that a checkpoint describes, with its EMA weights, in eval mode; and the checkpoint's other entries.
+def load_model(path: str | Path, device: str | torch.device = "cpu",
+               diffusion: GaussianDiffusion | None = None) -> tuple[DiT, dict]:
+    """The network of a checkpoint with its EMA weights, in eval mode; and its other entries.
 
-    float32, whatever torch's default is. CheckpointError if the file is missing, damaged, or not such a checkpoint.
+    diffusion: what the network is for; the default has the schedule of config.py. float32,
+    whatever torch's default is. CheckpointError if the file is missing, damaged, not such a
+    checkpoint, or trained with another schedule.
     """
-    own = PROJECT / "model.pth"
     if not os.path.exists(path):
-        restored = (f", and `git checkout -- model.pth` in {PROJECT} restores the included one"
-                    if Path(path).absolute() == own and (PROJECT / ".git").exists() else "")
-        raise CheckpointError(f"there is no checkpoint {path}; `python train.py --checkpoint {path}` makes one{restored}")
+        ours = Path(path).absolute() == PROJECT / "model.pth" and (PROJECT / ".git").exists()
+        restored = f", and `git checkout -- model.pth` in {PROJECT} restores the included one"
+        raise CheckpointError(f"there is no checkpoint {path}; `python train.py --checkpoint "
+                              f"{path}` makes one{restored if ours else ''}")
     info = load_checkpoint(path, WEIGHTS)
+    check_schedule(path, info, (diffusion or GaussianDiffusion()).schedule)
     weights = info.pop("ema")
     try:
-        config = ModelConfig(**info["model_config"])
-        # A few bytes can ask for a huge network: building many blocks takes time, and large ones memory, except on "meta".
-        if len(weights) < 8 * config.depth:
-            raise ValueError(f"{len(weights)} tensors are too few for {config.depth} blocks")
-        with torch.device("meta"):
-            model = DiT(config, initialize=False).float()
+        with torch.device("meta"):  # which takes no memory
+            model = DiT(ModelConfig(**info["model_config"]), initialize=False).float()
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} describes a network that this code does not build: {printable(error)}") from error
+        raise CheckpointError(f"{path} describes a network that this code does not build: "
+                              f"{printable(error)}") from error
     check_weights(path, weights, model)
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval().requires_grad_(False), info
 
 
+def check_schedule(path: str | Path, content: dict, schedule: list[float]) -> None:
+    """CheckpointError if the file was made with another `GaussianDiffusion.schedule` than this."""
+    def described(values: object) -> str:
+        try:
+            return "T = {}, beta from {:g} to {:g}, last alpha_bar {:g}".format(*values)
+        except (IndexError, TypeError, ValueError):
+            return printable(values)
+
+    before = content.get("schedule", FIRST_SCHEDULE)
+    if before != schedule:
+        raise CheckpointError(f"{path} was trained with another schedule ({described(before)}) "
+                              f"than this code has ({described(schedule)})")
+
+
 def check_weights(path: str | Path, weights: dict, model: nn.Module) -> None:
-    """CheckpointError unless names, shapes and types are the network's, and all values finite."""
-    expected = model.state_dict()
-    if weights.keys() != expected.keys():
-        names = ", ".join(sorted(map(str, weights.keys() ^ expected.keys()))[:3])
-        raise CheckpointError(f"{path} does not fit its network: {printable(names)} missing, or not expected")
-    for name, want in expected.items():
-        value = weights[name]
-        if not isinstance(value, Tensor) or value.shape != want.shape or value.dtype != want.dtype:
-            raise CheckpointError(f"{path} does not fit its network: {name} is not {tuple(want.shape)} {want.dtype}")
+    """CheckpointError unless they fit the network: names, shapes and types; all values finite."""
+    try:
+        check_like(model.state_dict(), weights)
+    except ValueError as error:
+        raise CheckpointError(f"{path} does not fit its network: {printable(error)}") from error
+
+
+def check_like(expected: object, value: object, name: str = "") -> None:
+    """ValueError unless `value` has the names, types and shapes of `expected`, and finite numbers.
+
+    name: what it is, for the message.
+    """
+    if isinstance(expected, Tensor):
+        def layout(tensor: object) -> object:  # with strides: the optimizers' kernels trust them
+            return isinstance(tensor, Tensor) and (tensor.shape, tensor.dtype, tensor.stride())
+
+        if layout(value) != layout(expected):
+            raise ValueError(f"{name} is not {tuple(expected.shape)} {expected.dtype}")
         if not value.isfinite().all():
-            raise CheckpointError(f"{path} holds values in {name} that are not finite numbers")
+            raise ValueError(f"{name} holds values that are not finite numbers")
+    elif isinstance(expected, list) and isinstance(value, list):
+        check_like(dict(enumerate(expected)), dict(enumerate(value)), name)
+    elif isinstance(expected, dict) and isinstance(value, dict):
+        within = f"{name}." if name else ""
+        if unlike := [f"{within}{key}" for key in expected.keys() ^ value.keys()]:
+            raise ValueError(f"{', '.join(sorted(unlike)[:3])} missing, or not expected")
+        for key, item in expected.items():
+            check_like(item, value[key], f"{within}{key}")
+    elif type(value) is not type(expected) or value != value or value in (math.inf, -math.inf):
+        raise ValueError(f"{name} is {value!r}")

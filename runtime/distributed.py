@@ -1,7 +1,7 @@
-"""Several processes that share the work of each batch, as torchrun starts them; without torchrun, one.
+"""Several processes that share the work of each batch, as torchrun starts them; otherwise, one.
 
-Every process draws the same random numbers for the whole batch and computes its share of it, so that the number of
-processes changes the result only by rounding.
+Every process draws the same random numbers for the whole batch and computes its share of it, so
+that the number of processes changes the result only by rounding.
 """
 
 import os
@@ -38,36 +38,47 @@ class Ranks:
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of the processes' values."""
-        if self.size > 1:
-            distributed.all_reduce(value)
+        if self.size == 1:
+            return value
+        distributed.all_reduce(value)
         return value / self.size
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is true in one of the processes; the same answer in all of them."""
+        """Whether the flag is true in one of the processes."""
+        return bool(self._max(int(flag)))
+
+    def same(self, digest: str) -> bool:
+        """Whether all processes have this digest, a hexadecimal number."""
+        number = int(digest[:15], 16)
+        return self._max(number) == -self._max(-number)
+
+    def _max(self, number: int) -> int:
+        """The largest of the processes' numbers."""
         if self.size == 1:
-            return flag
-        flags = torch.tensor(int(flag))  # on the CPU, where reading it waits for no GPU
-        distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
-        return bool(flags)
+            return number
+        numbers = torch.tensor(number)  # on the CPU, where reading it waits for no GPU
+        distributed.all_reduce(numbers, op=distributed.ReduceOp.MAX)
+        return int(numbers)
 
 
 @contextmanager
 def joined_ranks(device: torch.device) -> Iterator[Ranks]:
-    """The processes of this run, connected while the context lasts: by NCCL for GPUs, by Gloo for CPUs.
+    """The processes of this run, connected while the context lasts.
 
-    device: this process's own.
+    device: this process's own. GPUs are connected by NCCL, CPUs by Gloo.
     """
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # each machine counts its own
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # each machine has its own
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "")  # with --standalone a new one every time
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks(launch=launch, restarted=restarts > 0)
         return
     store, rank, size = next(distributed.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        # torchrun keeps one store over restarts: without a name of its own, a new process finds the addresses of dead ones.
-        # On several machines the counts differ; there, the command in docs/faq.md makes torchrun open a new store each time.
+        # torchrun keeps one store over restarts, in which a new process would find the addresses
+        # of dead ones. On several machines the counts differ: see docs/faq.md.
         store = distributed.PrefixStore(f"start {restarts}", store)
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # of the patch weights, which `PatchEmbed` permutes
+    # "Grad strides": of the patch weights, which `PatchEmbed` permutes
+    warnings.filterwarnings("ignore", "Grad strides do not match")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -3,7 +3,6 @@
 import errno
 import os
 import random
-import struct
 import time
 import zipfile
 from dataclasses import asdict
@@ -12,15 +11,17 @@ import pytest
 import torch
 from conftest import content
 
+from diffusion import GaussianDiffusion
 from runtime import checkpoint
 from runtime.checkpoint import CheckpointError, load_model, save_checkpoint
-from runtime.files import check_writable
+from runtime.files import check_writable, lock, remove_leftovers
 
 BIAS = "x_embedder.proj.bias"
 
 
 def weights_of(model, step, recipe):
-    return {"model_config": asdict(model.config), "ema": model.state_dict(), "step": step, "recipe": recipe}
+    return {"model_config": asdict(model.config), "ema": model.state_dict(), "step": step, "recipe": recipe,
+            "schedule": GaussianDiffusion().schedule}
 
 
 @pytest.fixture
@@ -88,23 +89,47 @@ def test_a_failure_while_writing_leaves_the_last_good_file(saved, open_network, 
     assert content(saved.parent) == before
 
 
-def test_a_directory_that_cannot_be_synced_is_reported_truthfully(saved, open_network, monkeypatch):
-    """The file is new by then, and the sentence says so."""
-    functions = iter([os.fsync, failing(OSError(errno.EIO, "I/O error"))])
-    monkeypatch.setattr(os, "fsync", lambda descriptor: next(functions)(descriptor))
-    with pytest.raises(OSError, match=r"model\.pth is written, but a power cut could undo that \(I/O error\)"):
-        save_checkpoint(saved, weights_of(open_network, 8, {}))
-    assert load_model(saved)[1]["step"] == 8
-
-
 def test_what_cannot_be_written_is_reported_before_work_starts(tmp_path):
     for path, words in ((tmp_path, "is a directory or a device"), ("/dev/null", "is a directory or a device"),
                         (tmp_path / "nowhere" / "model.pth", "there is no directory"),
-                        (tmp_path / ("a" * 245 + ".png"), "File name too long")):
+                        ("/dev/stdout", "device"), ("/dev/model.pth", "/dev is for devices"),
+                        ("/proc/self/fd/1", "device"), (tmp_path / ("a" * 245 + ".png"), "File name too long")):
         with pytest.raises(OSError, match=words):
             check_writable(path)
     check_writable(tmp_path / "model.pth")
     assert not any(tmp_path.iterdir())
+
+
+def test_what_killed_writes_left_is_removed(tmp_path):
+    """Of these files alone, and no link's target."""
+    files = tmp_path / "model.pth", tmp_path / "loss.csv"
+    left = [tmp_path / name for name in (".model.0123abcd.tmp.pth", ".loss.ffffffff.tmp.csv")]
+    others = [tmp_path / name for name in ("precious", ".model.fine.0123abcd.tmp.pth", ".model.tmp.pth", ".model.lock",
+                                           ".model.01234567.tmp.pt", ".model.0123abcg.tmp.pth")]
+    for path in left + others:
+        path.touch()
+    (tmp_path / ".model.00000000.tmp.pth").symlink_to("precious")
+    (tmp_path / ".model.00000001.tmp.pth").mkdir()
+    remove_leftovers(files)
+    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / ".model.00000001.tmp.pth"])
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda path: path.symlink_to("precious"), "it is a link"), (lambda path: path.symlink_to("none"), "it is a link"),
+    (lambda path: path.hardlink_to(path.with_name("precious")), "a link"), (os.mkdir, "Is a directory"),
+    (os.mkfifo, "a device")])
+def test_a_lock_that_is_no_file_is_named_and_left_alone(tmp_path, make, words):
+    (tmp_path / "precious").write_text("precious")
+    make(tmp_path / ".model.lock")
+    with pytest.raises(OSError, match=rf"\.model\.lock, the lock of .*model\.pth, cannot be .*: .*{words}"):
+        lock(tmp_path / "model.pth")
+    assert (tmp_path / "precious").read_text() == "precious" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_lock_of_another_user(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "open", failing(PermissionError(errno.EACCES, "Permission denied")))
+    with pytest.raises(OSError, match=r"\.model\.lock, the lock of .*, cannot be opened: Permission denied"):
+        lock(tmp_path / "model.pth")
 
 
 # What is read is not trusted
@@ -126,21 +151,15 @@ def test_a_missing_file(tmp_path, monkeypatch):
     refuse(tmp_path / "model.pth", f"and `git checkout -- model.pth` in {tmp_path} restores the included one")
 
 
-def make_sparse(path):
-    path.touch()
-    os.truncate(path, 40 * 2**30)
-
-
 @pytest.mark.parametrize(("make", "words"), [
     (os.mkdir, "is a directory, not a file"), (os.mkfifo, "is a pipe or a device, not a file"),
-    (make_sparse, r"is too large for a checkpoint \(40 GiB\)"),
-    (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "is a Git LFS pointer"),
-    (lambda path: path.write_bytes(struct.pack("<Q", 2) + b"{}"), "is a safetensors file"),
-    (lambda path: zipfile.ZipFile(path, "w").writestr("x.npy", b""), "is a NumPy .npz file"),
-    (lambda path: torch.save({}, path, _use_new_zipfile_serialization=False), "is a bare pickle"),
     (lambda path: path.write_text("not a checkpoint"), "is damaged or not a checkpoint .*not a zip file"),
     (lambda path: path.write_bytes(b""), "is damaged or not a checkpoint"),
-], ids=["directory", "pipe", "huge", "LFS", "safetensors", "npz", "old torch", "text", "empty"])
+    (lambda path: torch.save([1, 2], path), "is not a checkpoint of this project"),
+    (lambda path: torch.save(torch.zeros(3), path), "is not a checkpoint of this project"),
+    (lambda path: torch.save({"format": 1, "ema": torch.eye(3).to_sparse()}, path), "is damaged or not a checkpoint"),
+    (lambda path: torch.save({}, path, _use_new_zipfile_serialization=False), "is damaged or not a checkpoint"),
+], ids=["directory", "pipe", "text", "empty", "list", "tensor", "sparse", "old torch"])
 def test_other_kinds_of_file(tmp_path, make, words):
     make(tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=words):
@@ -169,61 +188,12 @@ def test_a_hostile_pickle_is_not_run(tmp_path):
     assert mark.exists()  # the test would notice: run, it leaves a mark
 
 
-def shared(container, levels):
-    """[[[...], [...]], [[...], [...]]]: 2^levels values that take a few bytes each level."""
-    value = container(("bottom",))
-    for _ in range(levels):
-        value = container((value, value))
-    return value
-
-
-ENDLESS = []
-ENDLESS.append(ENDLESS)
-ROW, ONE = torch.zeros(100_000), torch.zeros(1)
-
-
-@pytest.mark.filterwarnings("ignore:.*[Ss]parse")
-@pytest.mark.parametrize("value", [
-    [1, 2], {"a": 1}, {"format": "1"}, torch.zeros(3), *({"format": 1, "sha256": "", "ema": value} for value in (
-        torch.eye(3).to_sparse(), torch.empty(3, device="meta"), b"0", torch.half,
-        # Few bytes that stand for many:
-        ENDLESS, shared(list, 60), shared(tuple, 60), ["x" * 100_000] * 50_000,
-        ONE.expand(10**9), ONE.expand(2**20, 2**20, 2**20), ROW.expand(10**6, 100_000), [ROW[i:] for i in range(5000)])),
-], ids=range(16))
-def test_other_things_that_torch_saved(tmp_path, value):
-    torch.save(value, tmp_path / "other.pth")
-    refuse(tmp_path / "other.pth", "is damaged or not a checkpoint|is not a checkpoint of this project")
-
-
-def repack(path, program=None, compression=zipfile.ZIP_STORED):
-    """The same file with another pickle or compressed."""
-    with zipfile.ZipFile(path) as archive:
-        entries = {entry: archive.read(entry) for entry in archive.namelist()}
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for entry, data in entries.items():
-            archive.writestr(entry, program if program and entry.endswith("data.pkl") else data)
-
-
-@pytest.mark.parametrize("program", [
-    b"\x80\x02" + 10**6 * b"]" + (10**6 - 1) * b"a" + b".",
-    b"\x80\x02})" + 10**6 * b"\x85" + b"Ns.",
-    b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
-    b"\x80\x02ctorch\nFloatStorage\nK\x01\x85R.", b"\x80\x02(e.", b"\x80\x02Q.", b"\x80\x02",
-], ids=["list", "tuples", "bytearray", "no function", "no list", "no storage", "no end"])
-def test_crafted_pickles(saved, program):
-    repack(saved)
-    assert load_model(saved)[1]["step"] == 7  # repacked alone, it is a checkpoint
-    repack(saved, program)
-    refuse(saved, "not a checkpoint")
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_archives_that_would_expand(saved, monkeypatch):
-    with zipfile.ZipFile(saved, "a") as archive:
-        archive.writestr(archive.namelist()[0], b"")
-    refuse(saved, "its entries overlap")
-    repack(saved, compression=zipfile.ZIP_DEFLATED)
-    monkeypatch.setattr(zipfile.ZipFile, "read", None)
+    with zipfile.ZipFile(saved) as archive:
+        entries = {entry: archive.read(entry) for entry in archive.namelist()}
+    with zipfile.ZipFile(saved, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry, data in entries.items():
+            archive.writestr(entry, data)
     refuse(saved, "its entries are compressed")
 
 
@@ -233,6 +203,26 @@ def test_text_from_a_file_is_safe_on_a_terminal(saved):
     refuse(saved, r"does not fit its network: \\x1b\[2J\\u202e\\n missing")
     rewrite(saved, model_config={names: 1})
     refuse(saved, r"does not build: .*\\x1b\[2J")
+
+
+@pytest.mark.parametrize(("schedule", "words"), [
+    ([500, 0.0001, 0.02, 0.00644], r"T = 500, beta from 0\.0001 to 0\.02, last alpha_bar 0\.00644\) than .*T = 1000"),
+    ([1000, 0.0001, 0.02, 0.1], "last alpha_bar 0.1"), ([1000, 0.0001], "another schedule"), ("x", "another schedule"),
+    (None, "another schedule")])
+def test_another_schedule_is_refused(saved, schedule, words):
+    rewrite(saved, schedule=schedule)
+    refuse(saved, words)
+
+
+def test_a_file_without_a_schedule_has_the_first_one(saved, monkeypatch):
+    entries = torch.load(saved, weights_only=True)
+    del entries["schedule"], entries["sha256"]
+    save_checkpoint(saved, entries)
+    other = GaussianDiffusion()
+    assert load_model(saved, diffusion=other)[1]["step"] == 7
+    other.beta = other.beta[:500]
+    with pytest.raises(CheckpointError, match=r"\(T = 1000, .*\(T = 500"):
+        load_model(saved, diffusion=other)
 
 
 def test_another_format_is_reported(saved, monkeypatch):
@@ -252,7 +242,6 @@ def test_entries_that_are_missing(tmp_path, name):
     ({"depth": 3}, {}, "does not fit its network: blocks.2"),
     ({"mlp_ratio": 2.5}, {}, "does not fit its network: .* is not"),
     ({"block": "in-context"}, {}, "does not fit its network: .* missing, or not expected"),
-    ({"hidden_size": 2**14, "depth": 2**14, "num_heads": 1}, {}, "too few for 16384 blocks"),
     ({"hidden_size": 2**14, "num_heads": 1}, {}, "is not .* torch.float32"), ({"num_classes": 2**14}, {}, "is not .16385"),
     ({"image_size": 2**14, "patch_size": 1}, {}, "is not .1, 268435456"),
     ({"patch_size": 5}, {}, "does not build: patch_size 5 does not divide image_size 12"),
@@ -268,7 +257,7 @@ def test_weights_that_do_not_fit(saved, config, ema, words):
 
 def test_the_file_is_a_plain_dict_and_its_checksum_finds_a_changed_value(saved):
     entries = torch.load(saved, weights_only=True)
-    assert set(entries) == {"format", "model_config", "ema", "step", "recipe", "sha256"}
+    assert set(entries) == {"format", "model_config", "ema", "step", "recipe", "schedule", "sha256"}
     entries["ema"][BIAS][0] += 1e-6
     torch.save(entries, saved)
     refuse(saved, "does not match its checksum")
@@ -277,7 +266,7 @@ def test_the_file_is_a_plain_dict_and_its_checksum_finds_a_changed_value(saved):
 def test_truncations_and_flipped_bytes(saved):
     """Each gives the one sentence, or loads the very weights that were saved."""
     whole, good, rng, refused = saved.read_bytes(), load_model(saved)[0].state_dict(), random.Random(0), 0
-    for trial in range(300):
+    for trial in range(120):
         damaged = bytearray(whole[:rng.randrange(len(whole))] if trial % 4 == 0 else whole)
         for _ in range(rng.choice((1, 1, 8)) if trial % 4 else 0):
             # Every other one hits the zip's and the pickle's structure and not the mass of weights
@@ -291,4 +280,4 @@ def test_truncations_and_flipped_bytes(saved):
             refused += 1
         else:
             assert all(torch.equal(loaded[name], good[name]) for name in good)
-    assert refused > 200
+    assert refused > 80

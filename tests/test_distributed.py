@@ -17,6 +17,7 @@ from config import TrainConfig
 from runtime.checkpoint import load_model
 from runtime.distributed import Ranks
 from runtime.script import TrainingError
+from train import main as train_main
 from train import train
 
 # Not with Muon, whose bfloat16 matrix products turn a difference in the last bit into 5e-4, even in one process.
@@ -125,6 +126,34 @@ def test_with_muon_the_losses_are_the_same(tmp_path, train_tiny):
     finish(torchrun(*options, cwd=tmp_path))
     curves = (torch.tensor(ema_and_curve(folder)[1]) for folder in (tmp_path, tmp_path / "one"))
     torch.testing.assert_close(*curves, rtol=1e-4, atol=1e-5)
+
+
+def train_as_rank(rank, port, folder, options):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    with open(folder / f"err{rank}", "w") as err:
+        os.dup2(err.fileno(), 2)
+        torch.set_num_threads(1)
+        os._exit(train_main([*OPTIONS, "--checkpoint", str(folder / "model.pth"), *options]))
+
+
+@pytest.mark.parametrize("other", [("--lr", "0.02"), ("--seed", "9"), ("--depth", "2"), ("--epochs", "5"), ("--no-compile",)])
+def test_processes_with_different_options_are_refused(tmp_path, forked, other):
+    """Except in what belongs to a machine."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [forked.Process(target=train_as_rank, args=(rank, port, tmp_path, options))
+                 for rank, options in enumerate(((), other))]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    same = other[0] == "--no-compile"
+    assert [process.exitcode for process in processes] == [0 if same else 1] * 2
+    for rank in () if same else (0, 1):
+        assert re.fullmatch(r"train\.py: error: the processes of this run have different options.*\n",
+                            (tmp_path / f"err{rank}").read_text())
+    assert (tmp_path / "model.pth").exists() == same
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():

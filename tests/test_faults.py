@@ -158,7 +158,7 @@ def two_epochs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("failing", range(1, 13))
+@pytest.mark.parametrize("failing", range(1, 15))
 def test_a_run_whose_disk_fails_at_any_write_can_continue(tmp_path, train_tiny, two_epochs, monkeypatch, failing):
     """The n-th of the run's files fails to be moved into place; the run, or a resumed one, ends as one without a fault."""
     replace, moved = os.replace, []

@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import subprocess
+import threading
 import timeit
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from config import FAMILY, ModelConfig
 from dit import DiT
 from dit_block import AdaLNBlock, DiTBlock
 from runtime import fused as fused_module
-from runtime.fused import block_library, fused
+from runtime.fused import fused, library
+from runtime.fused.library import block_library
 
 SHAPES = FAMILY | {
     "heads of 8": ModelConfig(hidden_size=32),
@@ -126,7 +128,7 @@ def test_views_and_a_second_backward_pass():
 def test_what_would_be_read_past_its_end_is_refused():
     model = network_of()
     network, (x_t, t, y) = fused(model), batch(model)
-    with pytest.raises(ValueError, match="5 images cannot be conditioned on 1 "):
+    with pytest.raises(ValueError, match=r"\(5, 49, 64\) tokens cannot be conditioned on \(1, 64\)"):
         network(x_t, t[:1], y[:1])
     with pytest.raises(TypeError, match=r"contiguous float32 on a CPU, not torch\.float64 on cpu"):
         fused_module.arguments(x_t.double())
@@ -142,36 +144,106 @@ def edited(part: str, replacement) -> DiT:
     return model
 
 
-def hooked() -> DiT:
+def wrapped() -> DiT:
     model = DiT(ModelConfig())
-    model.blocks[1].attn.register_forward_hook(lambda module, inputs, out: 2 * out)
+    forward = model.blocks[1].forward
+    model.blocks[1].forward = lambda x, c: 2 * forward(x, c)
+    return model
+
+
+def hooked(place: str, listen: str) -> DiT:
+    """A hook that changes nothing, as one that records attention."""
+    model = DiT(ModelConfig())
+    getattr(model.get_submodule(place), listen)(lambda *args: None)
+    return model
+
+
+def hooked_parameter() -> DiT:
+    model = DiT(ModelConfig())
+    model.blocks[0].mlp.fc1.weight.register_hook(lambda gradient: None)
     return model
 
 
 LEFT_ALONE = {
     "in-context": lambda: DiT(ModelConfig(block="in-context")),
+    "cross-attention": lambda: DiT(ModelConfig(block="cross-attention")),
     "heads of 2": lambda: DiT(ModelConfig(hidden_size=8)),
     "too wide": lambda: DiT(ModelConfig(hidden_size=264, depth=1)),
     "an MLP of 6": lambda: DiT(ModelConfig(mlp_ratio=0.1)),
-    "121 tokens": lambda: DiT(ModelConfig(image_size=44)),
     "1600 tokens": lambda: DiT(ModelConfig(image_size=40, patch_size=1, hidden_size=16, depth=1)),
     "float64": lambda: DiT(ModelConfig()).double(),
     "fused already": lambda: fused(DiT(ModelConfig())),
-    "a subclass of DiT": lambda: type("OtherDiT", (DiT,), {})(ModelConfig()),
-    "a subclass of DiTBlock": lambda: edited("", type("OtherBlock", (DiTBlock,), {})(64, 4, 4.0)),
+    "a subclass of DiTBlock": lambda: edited("", type("OtherBlock", (DiTBlock,), {"forward": lambda self, x, c: x})(64, 4, 4.0)),
     "adaLN among adaLN-Zero": lambda: edited("", AdaLNBlock(64, 4, 4.0)),
     "other heads": lambda: edited("", DiTBlock(64, 2, 4.0)),
     "another GELU": lambda: edited("mlp.act", nn.GELU()),
     "no bias": lambda: edited("attn.proj", nn.Linear(64, 64, bias=False)),
-    "another forward": lambda: edited("forward", lambda x, c: x),
-    "a hook": hooked,
+    "a wrapped forward": wrapped,
+    "a hook": lambda: hooked("blocks.1.attn", "register_forward_hook"),
+    "a hook before": lambda: hooked("blocks.1.attn.qkv", "register_forward_pre_hook"),
+    "a hook of gradients": lambda: hooked("", "register_full_backward_hook"),
+    "a hook of a parameter": hooked_parameter,
 }
 
 
 @pytest.mark.parametrize("build", LEFT_ALONE.values(), ids=LEFT_ALONE)
 def test_what_it_was_not_written_for_stays_as_it_is(build):
     model = build()
-    assert fused(model) is model
+    before = torch.get_rng_state()
+    assert fused(model) is model and torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_subclass_keeps_its_own_forward():
+    class OtherDiT(DiT):
+        def forward(self, x_t, t, y):
+            return -super().forward(x_t, t, y)
+
+    model = OtherDiT(ModelConfig())
+    model.load_state_dict(network_of().state_dict())
+    inputs = batch(model)
+    assert fused(model) is not model
+    assert_same({"": fused(model)(*inputs)}, {"": model(*inputs)})
+    assert_same({"": fused(model)(*inputs)}, {"": -network_of()(*inputs)})
+
+
+def test_a_hook_of_all_modules_leaves_the_plain_network():
+    model = DiT(ModelConfig())
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert fused(model) is model
+    finally:
+        handle.remove()
+    assert fused(model) is not model
+
+
+def test_it_works_in_any_mode_and_at_any_default():
+    model = network_of()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            assert fused(model, frozen=True) is not model
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_trial_takes_no_random_numbers_from_another_thread():
+    """While one thread prepares networks, what another one generates is what it would have been."""
+    torch.manual_seed(0)
+    expected = torch.stack([torch.rand(()) for _ in range(3000)])
+    torch.manual_seed(0)
+    model, stop = network_of(depth=1), threading.Event()
+    torch.manual_seed(0)
+
+    def prepare() -> None:
+        while not stop.is_set():
+            fused(model)
+
+    thread = threading.Thread(target=prepare)
+    thread.start()
+    found = torch.stack([torch.rand(()) for _ in range(3000)])
+    stop.set()
+    thread.join()
+    assert torch.equal(found, expected)
 
 
 # The library
@@ -180,8 +252,8 @@ def test_what_it_was_not_written_for_stays_as_it_is(build):
 def folders(tmp_path, monkeypatch) -> list[Path]:
     """Empty folders of the test's own for libraries, and nothing loaded or said before."""
     folders = [tmp_path / "first", tmp_path / "second"]
-    monkeypatch.setattr(fused_module, "library_folders", lambda: folders)
-    monkeypatch.setattr(fused_module.log, "disabled", False)
+    monkeypatch.setattr(library, "library_folders", lambda: folders)
+    monkeypatch.setattr(fused_module, "said", set())
     block_library.cache_clear()
     yield folders
     block_library.cache_clear()
@@ -190,8 +262,8 @@ def folders(tmp_path, monkeypatch) -> list[Path]:
 SIZES = (49, 64, 4, 256)  # tokens, width, heads, width of the MLP
 
 
-def works(library: ctypes.CDLL | None) -> bool:
-    return library is not None and library.saved_floats() == 49 * (64 * (1 + 3 + 1 + 1) + 256)
+def works(loaded: ctypes.CDLL) -> bool:
+    return loaded.saved_floats() == 49 * (64 * (1 + 3 + 1 + 1) + 256)
 
 
 @pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
@@ -237,12 +309,26 @@ def test_an_unfit_library_is_built_again_before_it_is_loaded(folders):
         assert works(block_library(*SIZES)) and path.read_bytes() != damaged
 
 
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_library_that_others_can_change_is_not_run(folders, mode):
+    """Neither its file nor its folder may be writable for them; another folder takes its place."""
+    block_library(*SIZES)
+    path, = folders[0].iterdir()
+    for place, safe in ((path, 0o600), (folders[0], 0o700)):
+        place.chmod(mode)
+        with pytest.raises(OSError, match="can be changed by another user"):
+            library.load(path)
+        place.chmod(safe)
+    assert works(library.load(path))
+    folders[0].chmod(mode)
+    block_library.cache_clear()
+    assert works(block_library(*SIZES)) and list(folders[1].iterdir())
+
+
 @pytest.mark.parametrize("compiler", ["/there/is/none", "false", "true", "c++ 'x", "c++ -c"])
 def test_without_a_compiler_the_network_stays_as_it_is_and_one_line_says_so(compiler, folders, monkeypatch, caplog):
     monkeypatch.setenv("CXX", compiler)
     with caplog.at_level(logging.WARNING):
-        for model in (DiT(ModelConfig(depth=1)), DiT(ModelConfig(depth=1, patch_size=7))):
+        for model in 2 * (DiT(ModelConfig(depth=1)), DiT(ModelConfig(depth=1, patch_size=7))):
             assert fused(model) is model
-        monkeypatch.setattr(subprocess, "run", None)
-        assert fused(model) is model, "what failed is not tried again"
     assert len(caplog.messages) == 1 and "\n" not in caplog.messages[0]

@@ -12,9 +12,9 @@ namespace {
 constexpr int L = TOKENS, D = WIDTH, M = MLP_WIDTH;
 constexpr int d = D / HEADS;  // width of a head
 #ifdef __AVX512F__
-constexpr int REGISTER = 16, TILE_VECTORS = 4;  // floats in a vector register; vectors in a row of a tile, see strip()
+constexpr int REGISTER = 16, TILE_ROWS = 7, TILE_VECTORS = 4;  // floats in a vector register; see tile()
 #else
-constexpr int REGISTER = 8, TILE_VECTORS = 2;
+constexpr int REGISTER = 8, TILE_ROWS = 6, TILE_VECTORS = 2;
 #endif
 // Floats in a vector; W divides d, D and M. Vectors wider than a register would be kept in memory: 7 times slower.
 constexpr int W = d % REGISTER == 0 ? REGISTER : d % 8 == 0 ? 8 : 4;
@@ -96,27 +96,29 @@ vec exp(vec x) {
 
 // ---- Matrix products, a tile of the result at a time in registers
 
-constexpr int divisor(int n, int most) {
-    while (n % most) most--;
-    return most;
+// R rows from i and V vectors from j of the product below: their sums stay in registers, 28 of AVX-512's 32 or 12 of
+// AVX2's 16, next to V vectors of B and one of A.
+template <int R, int V, int K, class A, class Put>
+inline void tile(A a, const float* b, int b_row, int i, int j, Put put) {
+    vec sums[R][V] = {};
+    for (int k = 0; k < K; k++) {
+        vec row[V];
+        for (int v = 0; v < V; v++) row[v] = at(b + k * b_row + j + v * W);
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) sums[r][v] += a(i + r, k) * row[v];
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) put(i + r, j + v * W, sums[r][v]);
 }
 
-// Columns j to j + V * W of the product below. Of the 32 registers of AVX-512, a tile of 7 rows fills 28; the others hold V
-// vectors of B and one of A. In this order of the loops compilers keep them all in registers.
-template <int ROWS, int K, int V, class A, class Put>
+// V vectors of columns from j, in tiles of R rows, the last ones of R - 1.
+template <int ROWS, int V, int K, class A, class Put>
 inline void strip(A a, const float* b, int b_row, int j, Put put) {
-    constexpr int R = divisor(ROWS, ROWS < 7 ? ROWS : 7);
-    for (int i = 0; i < ROWS; i += R) {
-        vec tile[R][V] = {};
-        for (int k = 0; k < K; k++) {
-            vec row[V];
-            for (int v = 0; v < V; v++) row[v] = at(b + k * b_row + j + v * W);
-            for (int r = 0; r < R; r++)
-                for (int v = 0; v < V; v++) tile[r][v] += a(i + r, k) * row[v];
-        }
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) put(i + r, j + v * W, tile[r][v]);
-    }
+    constexpr int TILES = (ROWS + TILE_ROWS - 1) / TILE_ROWS, R = (ROWS + TILES - 1) / TILES;
+    constexpr int LARGE = R * (ROWS - TILES * (R - 1));  // rows in tiles of R
+    for (int i = 0; i < LARGE; i += R) tile<R, V, K>(a, b, b_row, i, j, put);
+    if constexpr (R > 1)
+        for (int i = LARGE; i < ROWS; i += R - 1) tile<R - 1, V, K>(a, b, b_row, i, j, put);
 }
 
 // A B, with A(i, k) of ROWS x K and b[k * b_row + j] of K x COLUMNS: hands the vector at each (i, j) to put(i, j, vector).
@@ -124,8 +126,8 @@ template <int ROWS, int K, int COLUMNS, class A, class Put>
 inline void product(A a, const float* b, int b_row, Put put) {
     constexpr int VECTORS = COLUMNS / W, STRIPS = (VECTORS + TILE_VECTORS - 1) / TILE_VECTORS;
     constexpr int V = (VECTORS + STRIPS - 1) / STRIPS, LAST = VECTORS % V;
-    for (int j = 0; j + V * W <= COLUMNS; j += V * W) strip<ROWS, K, V>(a, b, b_row, j, put);
-    if constexpr (LAST > 0) strip<ROWS, K, LAST>(a, b, b_row, COLUMNS - LAST * W, put);
+    for (int j = 0; j + V * W <= COLUMNS; j += V * W) strip<ROWS, V, K>(a, b, b_row, j, put);
+    if constexpr (LAST > 0) strip<ROWS, LAST, K>(a, b, b_row, COLUMNS - LAST * W, put);
 }
 
 // A: x, or its transpose, with `row` floats from one row of x to the next.

@@ -1,0 +1,46 @@
+"""Muon, the optimizer of the blocks' matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+The momentum of a matrix is made orthogonal before it is applied, so that a step moves all directions
+equally. q, k and v are one matrix in `Attention`, and they are made orthogonal as one.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+MOMENTUM = 0.95
+A, B, C = 3.4445, -4.7750, 2.0315  # s -> A s + B s^3 + C s^5, five times, takes s in (0, 1] to about 1
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Newton-Schulz: U V^T for each matrix U S V^T, singular values 0.7 to 1.2. (K, m, n) -> (K, m, n)."""
+    wide = matrices.shape[1] <= matrices.shape[2]
+    X = matrices if wide else matrices.mT
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above 1; 0 stays 0
+    for _ in range(5):
+        S = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(S, S, S, beta=B, alpha=C), X, beta=A)
+    return X if wide else X.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices, (m, n) each. lr: a number, or a tensor of one, ()."""
+
+    def __init__(self, matrices: Iterable[Tensor], lr: float | Tensor):
+        super().__init__(matrices, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            same_shape = {}
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    same_shape.setdefault(matrix.shape, []).append(matrix)
+            for shape, matrices in same_shape.items():
+                gradients = [matrix.grad for matrix in matrices]
+                momenta = [self.state[matrix].setdefault("momentum", torch.zeros_like(matrix)) for matrix in matrices]
+                torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+                updates = torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))  # Nesterov
+                rms = 0.2 * max(shape)**0.5  # an update as large as AdamW's (Liu et al. 2025, arXiv 2502.16982)
+                torch._foreach_sub_(matrices, (group["lr"] * rms * orthogonalized(updates)).unbind())
