@@ -159,10 +159,8 @@ def sample_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def nll_bound(model: DiT, digits: Digits, seed: int = 0,
-              diffusion: GaussianDiffusion | None = None) -> float:
+def nll_bound(model: DiT, digits: Digits, diffusion: GaussianDiffusion, seed: int = 0) -> float:
     """Upper bound on -log p(x_0 | y) (DDPM eq. 5) in bits/dim, mean over `digits`."""
-    diffusion = diffusion or GaussianDiffusion(device=digits.labels.device)
     network = diffusion.as_eps(fused(model, frozen=True), model.config.predicts)
     generator = torch.Generator().manual_seed(seed)
     total, alpha_bar_T = 0.0, diffusion.alpha_bar[-1].item()
@@ -182,18 +180,17 @@ def measure(args: argparse.Namespace) -> None:
     """What the command line asks for. CheckpointError, DataError or OSError with a sentence."""
     folder = here_or_in_project(args.data_dir)
     check_files([args.json], [CLASSIFIER, *folder.glob("MNIST/raw/*")])
-    diffusion = GaussianDiffusion(device=args.device)
-    model, classifier = load_sampling_model(args, diffusion), load_classifier(args.device)
+    diffusion, classifier = GaussianDiffusion(device=args.device), load_classifier(args.device)
+    model = load_sampling_model(args, diffusion)
     train_set, test_set = (load_mnist(train, folder, args.device) for train in (True, False))
     rows = {"source": f"{args.checkpoint}: {args.n:,} images, {args.sampler}, {args.steps} steps, "
                       f"eta {args.eta:g}, seed {args.seed}"}
     try:
         for guidance in args.strengths:
-            samples = sample_images(model, args.n, args.seed, sampler=args.sampler,
-                                    steps=args.steps, eta=args.eta, guidance=guidance,
-                                    diffusion=diffusion)
+            samples = sample_images(model, args.n, args.seed, sampler=args.sampler, eta=args.eta,
+                                    steps=args.steps, guidance=guidance, diffusion=diffusion)
             rows[f"guidance {guidance:g}"] = evaluate(*samples, classifier, train_set, test_set)
-    except ValueError as error:
+    except (FloatingPointError, ValueError) as error:
         raise CheckpointError(f"{args.checkpoint} cannot be measured: {error}") from error
     test_images, real = test_set[:][0], balanced(train_set, samples[1])
     rows["real"] = {"accuracy": accuracy(classifier, *test_set[:]),
@@ -201,7 +198,7 @@ def measure(args: argparse.Namespace) -> None:
                     **memorised(test_images, train_set[:][0])}
     if args.bpd:
         some = load_mnist(False, folder, args.device, args.bpd, model.config.image_size)
-        rows["real"]["bits/dim"] = nll_bound(model, some, args.seed, diffusion)
+        rows["real"]["bits/dim"] = nll_bound(model, some, diffusion, args.seed)
     if args.json:
         write_atomically(args.json, lambda path: path.write_text(json.dumps(rows, indent=1)))
     print(rows.pop("source"), " " * 13 + "".join(f"{name:>10}" for name in rows["real"]), sep="\n")

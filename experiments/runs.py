@@ -59,8 +59,7 @@ class Worker:
     """Completes a study, side by side with other workers.
 
     recipe: for every network; its limit, data_dir and device apply too; folder: for the state of
-    the runs; table: the CSV, with samples/ next to it; classifier: the one of evaluate.py by
-    default.
+    the runs; table: the CSV, with samples/ next to it; classifier: the included one by default.
     """
 
     def __init__(self, recipe: TrainConfig, folder: Path, table: Path,
