@@ -1,5 +1,6 @@
 """Do two versions of a network compute the same? Only a trial can tell: outputs, gradients, effects."""
 
+import math
 import random
 import sys
 from collections.abc import Iterator
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROUNDING = 1e-4  # as a share of a tensor's largest value; with the study's networks at most 1.2e-5
-LOUD_ROUNDING = 5e-2  # where scores and hidden values are large; at most 5e-3
+ROUNDING = 1e-4  # as a share of a tensor's largest value; at most 1.2e-5 in the study's networks
+LOUD_ROUNDING = 5e-3  # where scores and hidden values are large; at most 3e-4
 
 
 class Unfit(Exception):
@@ -31,25 +32,27 @@ def check_same(plain: nn.Module, network: nn.Module) -> None:
         return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
     size = (2, config.in_channels, config.image_size, config.image_size)
-    x_t, cotangent = randn(*size), randn(2, config.out_channels, *size[2:])
+    x_t, cotangent = randn(*size), 1000 * randn(2, config.out_channels, *size[2:])
     t, y = torch.tensor([[0, 999], [1, config.num_classes]], device="cpu")
     with torch.enable_grad():
         plain.requires_grad_()
         named = dict((*plain.named_parameters(), *plain.named_buffers()))
-        randoms = {name: randn(*value.shape) / max(1, value[0].numel())**0.5 for name, value in named.items()}
+        randoms = {name: randn(*value.shape) / max(1, value[0].numel())**0.5
+                   for name, value in named.items()}
 
-        def set_weights(scale: float, branch_scale: float = 1) -> None:
-            """branch_scale: for what leads to the softmax and to GELU."""
+        def set_weights(scale: float, **louder: float) -> None:
+            """louder: factors of the parameters whose names have these parts."""
             with torch.no_grad():
                 for name, value in named.items():
-                    leads = "qkv" in name or "fc1" in name
-                    value.copy_(randoms[name] * (scale * branch_scale if leads else scale))
+                    factors = (factor for part, factor in louder.items() if part in name)
+                    value.copy_(randoms[name] * math.prod(factors, start=scale))
 
-        set_weights(1, branch_scale=4)  # large values, so that whatever limits them counts
+        set_weights(1, qkv=4, fc1=4, adaLN=2)  # large values, so that whatever limits them counts
+        loud = torch.cat([100 * x_t[:1], x_t[1:]])
         with torch.no_grad():  # as in sampling
             with no_effects(plain):
-                expected = plain(100 * x_t, t, y)
-            compare("output", network(100 * x_t, t, y), expected, LOUD_ROUNDING)
+                expected = plain(loud, t, y)
+            compare("output", network(loud, t, y), expected, LOUD_ROUNDING)
         for scale in (1, 0.01):  # with small values, the eps of a LayerNorm counts
             set_weights(scale)
             expected, found = (outputs_and_gradients(either, plain, x_t, t, y, cotangent)
@@ -95,7 +98,8 @@ def effects(network: nn.Module) -> list:
     parts = list(network.modules())
     modules = {type(part).__module__ for part in parts}
     spaces = [*map(vars, parts), *(vars(sys.modules[name]) for name in sorted(modules))]
-    return [[(name, id(value), len(value) if isinstance(value, list | dict | set) else 0)
+    return [[(name, id(value), list(map(id, value)) if isinstance(value, list | tuple) else
+              list(map(id, value.values())) if isinstance(value, dict) else None)
              for name, value in space.items() if not name.startswith("__")] for space in spaces] + [
         [values._version for values in network.buffers()], random.getstate()]
 
