@@ -2,6 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m experiments.classifier mnist/classifier.pth      the included one
     python -m experiments.classifier other.pth --seed 1
+
+With the classifiers of seeds 0, 1 and 2, the same 10,000 digits (guidance 1.5) have an FID of 1.31
+to 1.41, recall 0.741 to 0.754, precision 0.943 to 0.952, density 1.07 to 1.11, coverage 0.829 to
+0.835 and accuracy 98.6% to 98.8%; 10,000 real ones have an FID of 0.34 to 0.37.
 """
 
 import argparse
