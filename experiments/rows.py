@@ -12,14 +12,16 @@ REAL = "real images"  # instead of a run's name, in the rows that say what real 
 METRICS = ("accuracy", "FID", "precision", "recall", "density", "coverage")
 
 # How each column is read. digest: see `study.Network.digest`; n: images measured; multiply_adds:
-# of one forward pass for one image; test_loss, train_seconds: from the run's loss.csv.
+# of one forward pass for one image; test_loss, train_seconds: from the run's loss.csv; classifier:
+# the start of its weights' checksum, or "earlier": one that is not in the repository.
 COLUMNS = {"run": str, "model": str, "block": str, "predicts": str, "recipe": str, "digest": str,
            "seed": int, "epoch": int, "step": int, "sampling_steps": int, "guidance": float,
            "n": int, **dict.fromkeys(METRICS, float), "test_loss": float, "parameters": int,
-           "multiply_adds": int, "train_seconds": float, "device": str, "torch": str, "date": str}
+           "multiply_adds": int, "train_seconds": float, "device": str, "torch": str, "date": str,
+           "classifier": str}
 HEADER = ",".join(COLUMNS)
 MEASUREMENT = ("run", "digest", "epoch", "sampling_steps", "guidance", "n")  # what tells two apart
-OF_REAL = {"run", "n", *METRICS, "device", "torch", "date"}  # a row of real images has these alone
+OF_REAL = {"run", "n", *METRICS, "device", "torch", "date", "classifier"}  # a row of real images has these alone
 
 
 def read(table: Path) -> Rows:

@@ -28,12 +28,19 @@ import train
 from config import TrainConfig
 from dataset import load_mnist
 from dit import DiT
-from evaluate import Classifier, accuracy, distribution_metrics, load_classifier, sample_images
+from evaluate import (
+    Classifier,
+    accuracy,
+    balanced,
+    distribution_metrics,
+    load_classifier,
+    sample_images,
+)
 from experiments import rows, study
 from experiments.rows import REAL
 from experiments.study import DDIM_STEPS, TABLE, Network, Setting
 from inference import generate
-from runtime.checkpoint import CheckpointError
+from runtime.checkpoint import CheckpointError, checksum
 from runtime.files import write_atomically
 from runtime.pictures import as_bytes
 from runtime.run import RunFiles
@@ -82,7 +89,8 @@ class Worker:
                 if not any((row["run"], row["n"]) == (REAL, n) for row in rows.read(self.table)):
                     # As in evaluate.py: training images, except where the classifier would find
                     # what it was trained on.
-                    scores = self.metrics(self.train_set[:n][0], *self.test_set[:])
+                    real = balanced(self.train_set, torch.arange(n) % 10)
+                    scores = self.metrics(real, *self.test_set[:])
                     self.append({"run": REAL, "n": n} | scores)
         failed = []
         for network, settings in entries:
@@ -128,7 +136,8 @@ class Worker:
         """Write a row, with what measured it and when."""
         gpu = self.device.type == "cuda"
         device = torch.cuda.get_device_name(self.device) if gpu else self.device.type.upper()
-        row |= {"device": device, "torch": torch.__version__.split("+")[0], "date": date.today()}
+        row |= {"device": device, "torch": torch.__version__.split("+")[0], "date": date.today(),
+                "classifier": checksum(self.classifier.state_dict())[:8]}
         with locked(self.folder / "table.lock", wait=True):
             rows.append(self.table, row)
 

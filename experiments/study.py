@@ -82,6 +82,7 @@ def everything() -> Entries:
     """All of it. A network comes several times: first its curve, then what its end has."""
     curve = [*(Setting(epoch) for epoch in EPOCHS), Setting(n=FINAL_IMAGES)]
     guidance = [Setting(guidance=strength) for strength in STRENGTHS]
+    ends = [*(Setting(guidance=strength) for strength in STRENGTHS[:4]), Setting(n=FINAL_IMAGES)]
     small = ("S/7", "B/7", "S/4", "L/7", "XL/7", "B/4", "L/4", "XL/4")  # from fast to slow
     large = ("S/2", "B/2", "L/2", "XL/2")
 
@@ -105,7 +106,12 @@ def everything() -> Entries:
             *((Network(model), guidance) for model in GUIDED),
             *((Network(model, seed=seed), curve) for seed in (1, 2) for model in small),
             *((Network(model), settings) for model in large
-              for settings in (curve, sampling(model)))]
+              for settings in (curve, sampling(model))),
+            # What should a narrow token predict?
+            *((Network(model, seed=seed, predicts=predicts), ends) for seed in (0, 1, 2)
+              for model in small for predicts in ("x_0", "v")),
+            *((Network(model, predicts=predicts), ends) for model in ("S/2", "B/2")
+              for predicts in ("x_0", "v"))]
 
 
 @cache

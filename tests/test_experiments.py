@@ -260,7 +260,7 @@ def synthetic(network: Network, setting: Setting) -> dict:
             "FID": fid, "recall": 1 / (1 + fid), "precision": 1 / (2 + fid),
             "accuracy": 1 / (3 + fid), "density": 1 / (4 + fid), "coverage": 1 / (5 + fid),
             "test_loss": 0.03 + fid / 100, "train_seconds": 60.0, "device": "CPU", "torch": "2",
-            "date": "2026-11-25"}
+            "date": "2026-11-25", "classifier": "earlier"}
 
 
 @pytest.fixture
@@ -268,7 +268,7 @@ def full_results(tmp_path):
     """runs.csv and samples/ as the whole study would leave them."""
     every = {(network, setting) for network, settings in study.everything() for setting in settings}
     real = [{"run": REAL, "n": n, **dict.fromkeys(METRICS, 0.9), "device": "CPU", "torch": "2",
-             "date": "2026-11-25"} for n in (CURVE_IMAGES, FINAL_IMAGES)]
+             "date": "2026-11-25", "classifier": "earlier"} for n in (CURVE_IMAGES, FINAL_IMAGES)]
     every = (*real, *(synthetic(*one) for one in sorted(every, key=repr)))
     lines = [HEADER, *map(table_of_rows.line, every)]
     (tmp_path / "runs.csv").write_text("\n".join(lines) + "\n")
