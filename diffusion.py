@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from config import BETA, T
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+Generators = torch.Generator | list[torch.Generator] | None
+Record = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 
 class GaussianDiffusion:
@@ -204,43 +206,52 @@ class GaussianDiffusion:
                 + _at(direction, t, x_t) * eps_hat + _at(variance.sqrt(), t, x_t) * z)
 
     def ddpm_sample(self, model: Model, x_T: Tensor, y: Tensor, *, steps: int | None = None,
-                    generator: torch.Generator | None = None, clip: bool = True,
-                    on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
+                    generator: Generators = None, clip: bool = True,
+                    on_step: Callable[[int, Tensor], None] | None = None, record: Record = lambda step: step) -> Tensor:
         """Ancestral sampling, x_T ~ N(0, I) down to x_0 (DDPM Algorithm 2), in `steps` respaced steps; default: all T.
 
         x_T: (N, C, H, W), noise; y: (N,) labels.
-        generator: of the noise, on the CPU; see `noise`.
+        generator: of the noise, on the CPU, one or several; see `noise`.
+        record(reverse_step): stands in for it, as `recorded` in runtime/speed.py does.
         on_step(t, x_t) is called with every image on the way, from x_T with t = T to the result with t = 0 (the papers' t).
         Returns (N, C, H, W).
         """
         chain = self.respaced(len(self) if steps is None else steps)
-        return chain._sample(chain.ddpm_step, model, x_T, y, generator, on_step, clip=clip)
+        return chain._sample(chain.ddpm_step, model, x_T, y, generator, on_step, record, clip=clip)
 
     def ddim_sample(self, model: Model, x_T: Tensor, y: Tensor, *, steps: int, eta: float = 0.0,
-                    generator: torch.Generator | None = None, clip: bool = True,
-                    on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
+                    generator: Generators = None, clip: bool = True,
+                    on_step: Callable[[int, Tensor], None] | None = None, record: Record = lambda step: step) -> Tensor:
         """DDIM sampling (DDIM section 4.2) in `steps` of the T steps; the rest as in `ddpm_sample`. eta in [0, 1]."""
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {eta}")
         chain = self.respaced(steps)
-        return chain._sample(chain.ddim_step, model, x_T, y, generator, on_step, clip=clip, eta=eta)
+        return chain._sample(chain.ddim_step, model, x_T, y, generator, on_step, record, clip=clip, eta=eta)
 
     @torch.no_grad()
-    def _sample(self, step, model, x_t, y, generator, on_step, **step_settings) -> Tensor:
+    def _sample(self, step, model, x_t, y, generator, on_step, record, **step_settings) -> Tensor:
+        @record
+        def reverse_step(x_t: Tensor, time: Tensor, i: Tensor, z: Tensor) -> Tensor:
+            return step(x_t, i, model(x_t, time, y), z, **step_settings)
+
         for i in reversed(range(len(self))):
             time = int(self.timesteps[i])
             if on_step:
                 on_step(time + 1, x_t)
-            out = model(x_t, torch.full_like(y, time), y)
             z = noise(x_t.shape, generator).to(x_t)
-            x_t = step(x_t, torch.full_like(y, i), out, z, **step_settings)
+            x_t = reverse_step(x_t, torch.full_like(y, time), torch.full_like(y, i), z)
         if on_step:
             on_step(0, x_t)
         return x_t
 
 
-def noise(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-    """N(0, I), generated in float32 on the CPU, so that a seed gives the same digits on every device and in every dtype."""
+def noise(shape: Sequence[int], generator: Generators = None) -> Tensor:
+    """N(0, I), generated in float32 on the CPU, so that a seed gives the same digits on every device and in every dtype.
+
+    Of several generators, each makes as many of the images.
+    """
+    if isinstance(generator, list):
+        return torch.cat([noise((shape[0] // len(generator), *shape[1:]), one) for one in generator])
     return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
