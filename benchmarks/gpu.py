@@ -129,7 +129,7 @@ def step_time(folder: Path, repeats: int = 300, tf32: bool = False, **recipe) ->
             found["memory"] = torch.cuda.max_memory_allocated(device)
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 measure(lambda: step(index, 1e-3, 0.99), 10)
-            found["kernels"] = profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25,
+            found["kernels"] = profile.key_averages().table(sort_by="self_device_time_total", row_limit=25,
                                                             max_name_column_width=60)
         raise Measured
 
@@ -155,7 +155,7 @@ def sampling_time(n: int, steps: int, device: str = "cuda:0", **settings) -> dic
     return {"first": first, "seconds per call": measure(call, 2, warm_up=0), "steps": steps}
 
 
-def test_loss_time(device: str = "cuda:0", images: int = MNIST_TEST_IMAGES) -> dict:
+def held_out_time(device: str = "cuda:0", images: int = MNIST_TEST_IMAGES) -> dict:
     """ms per call of `held_out_loss`."""
     device = torch.device(device)
     model, diffusion = DiT(ModelConfig()).to(device).eval(), GaussianDiffusion(device=device)
@@ -193,18 +193,19 @@ def tests(part: Part) -> None:
 
 
 def times(part: Part) -> None:
+    def step(batch_size: int, name: str, **settings) -> None:
+        settings |= {"batch_size": batch_size} | VARIANTS[name]
+        record = settings.pop("record", False)
+        part.item(f"step of {batch_size}, {name}{', TF32' * ('tf32' in settings)}",
+                  calling(step_time, part.work, **settings), 90, record)
+
     for batch_size in (300, 64):
-        for name, variant in VARIANTS.items():
-            variant = dict(variant)
-            part.item(f"step of {batch_size}, {name}",
-                      calling(step_time, part.work, batch_size=batch_size, **{
-                          k: v for k, v in variant.items() if k != "record"}),
-                      90, variant.get("record", False))
-    part.item("step of 300, recorded, TF32",
-              calling(step_time, part.work, tf32=True, compile=False), 60, True)
+        for name in ("plain", "recorded"):
+            step(batch_size, name)
+    step(300, "recorded", tf32=True)
     for on in (False, True):
         name = "recorded" if on else "default"
-        part.item(f"test loss, {name}", calling(test_loss_time), 60, on)
+        part.item(f"test loss, {name}", calling(held_out_time), 60, on)
         part.item(f"1000 steps of ten digits, {name}", calling(sampling_time, 10, 1000), 60, on)
         for n in (BATCH_SIZE, BATCH_SIZE * AT_ONCE):
             part.item(f"50 steps of {n} digits, {name}", calling(sampling_time, n, 50), 60, on)
@@ -214,34 +215,38 @@ def times(part: Part) -> None:
                                    "--checkpoint", part.work / "three.pth"], 60, True, dict)
     part.item("profile of 12 epochs", calling(profiled, part.work, options=[
         "--epochs", "12", "--no-compile"]), 90, True)
+    for name in ("default", "recorded, compiled"):  # each compiles for half a minute
+        step(300, name)
 
 
 def epochs(part: Part, name: str) -> dict:
-    """From loss.csv of a run: its last row, and the median seconds of an epoch after the second."""
-    rows = list(csv.DictReader((part.work / f"{name}.loss.csv").open()))
-    seconds = [float(row["seconds"]) for row in rows]
-    steady = sorted(b - a for a, b in zip(seconds[1:], seconds[2:], strict=False))
-    return {"last": rows[-1], "seconds per epoch": steady[len(steady) // 2] if steady else None}
+    """From loss.csv of a run: its last row, and the mean seconds of an epoch after the first."""
+    with (part.work / f"{name}.loss.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    first, last = (float(row["seconds"]) for row in (rows[0], rows[-1]))
+    return {"last": rows[-1], "seconds per epoch": (last - first) / max(1, len(rows) - 1)}
 
 
 def runs(part: Part) -> None:
     """Whole commands."""
-    parity = part.item("parity", ["-m", "pytest", "-q", "-x", "-m", "gpu", "tests/test_gpu.py", "-k", QUICK,
-                                  "-p", "no:cacheprovider", "--tb=short"], 150, read=dict)
+    parity = part.item("parity", ["-m", "pytest", "-q", "-x", "-m", "gpu", "tests/test_gpu.py", "-k",
+                                  f"({QUICK}) and not compile", "-p", "no:cacheprovider", "--tb=short"], 150, read=dict)
     predicted = {}
     for name, variant in VARIANTS.items():
         if name == "plain" or (variant.get("record") and parity.get("status") != 0):
             continue
         record, options = variant.get("record", False), [] if variant.get("compile", True) else ["--no-compile"]
         file = name.replace(", ", "-")
-        result = part.item(f"6 epochs, {name}", [
-            "train.py", "--epochs", 6, "--checkpoint", part.work / f"{file}.pth", *options], 100, record,
+        count = 15 if record else 5
+        result = part.item(f"{count} epochs, {name}", [
+            "train.py", "--epochs", count, "--checkpoint", part.work / f"{file}.pth", *options], 100, record,
             lambda file=file: epochs(part, file))
         if result.get("status") == 0:
-            predicted[result["seconds"] + 494 * result["seconds per epoch"]] = (record, options)
+            predicted[result["seconds"] + (500 - count) * result["seconds per epoch"]] = (record, options)
     if not predicted:
         return
     part.results["predicted seconds of 500 epochs"] = {str(v): k for k, v in predicted.items()}
+    part.save()
     record, options = predicted[min(predicted)]
     print(f"continuing with DIT_RECORD={record:d} {' '.join(options)}", flush=True)
 
