@@ -50,6 +50,8 @@ def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm
     if guidance != 1 and config.class_dropout_prob == 0:
         raise ValueError("the network was trained without a null class: guidance must be 1")
     y = as_labels(labels, config.num_classes).to(device)
+    if len(y) % len(seeds):
+        raise ValueError(f"{len(y)} images cannot be shared evenly by {len(seeds)} seeds")
     generators = [torch.Generator().manual_seed(one) for one in seeds]
     network = guided(diffusion.as_eps(fused(model, frozen=True), config.predicts), guidance, null_class=config.num_classes)
     sample = diffusion.ddpm_sample if sampler == "ddpm" else partial(diffusion.ddim_sample, eta=eta)

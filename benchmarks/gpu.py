@@ -92,7 +92,7 @@ class Part:
         self.file.write_text(json.dumps(self.results, indent=1))
         with tarfile.open(self.archive, "w:gz", compresslevel=1) as archive:
             for path in sorted(self.work.rglob("*")):
-                if path.is_file() and path.suffix in (".pth", ".csv", ".png", ".json") and "resume" not in path.name:
+                if path.suffix in (".csv", ".png", ".json") or path.name in ("l1.pth", "mse.pth"):
                     archive.add(path, path.relative_to(self.work))
 
 

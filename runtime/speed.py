@@ -79,15 +79,13 @@ def records(device: torch.device) -> bool:
 def recorded(function: Callable[..., Tensor], device: torch.device,
              generator: torch.Generator | None = None,
              after_failure: Callable[[], object] = lambda: None) -> Callable[..., Tensor]:
-    """`function`, whose fourth call on a GPU is recorded as a CUDA graph, which replays the others.
+    """`function`, recorded on a GPU as a CUDA graph in its fourth call; later calls replay it.
 
-    Python takes longer to start hundreds of small kernels than a GPU to run them. Nothing else
-    computes the function: the first calls are plain, with the same inputs.
-    function: of tensors and numbers, of the same shapes in every call; it gets the numbers as
-    tensors, (), since a graph would repeat a number, and gives a tensor. All else that it reads and
-    writes is where it was in memory; what it does in Python happens only in the first four calls.
-    generator: of its random numbers, on this device. after_failure: undoes half a call in Python;
-    then, after one line that says why, all calls are plain. `function` itself elsewhere.
+    Python takes longer to start hundreds of small kernels than a GPU to run them.
+    function: takes tensors and numbers, of the same shapes in every call, and returns a tensor. It
+    gets numbers as tensors, (), because a graph would repeat a number. What it does in Python, such
+    as counting, happens only in its first four calls. generator: of its random numbers.
+    after_failure: undoes half a call. Then one line says why, and all calls are plain.
     """
     if not records(device):
         return function
