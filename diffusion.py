@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from config import BETA, T
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 class GaussianDiffusion:
@@ -204,12 +205,12 @@ class GaussianDiffusion:
                 + _at(direction, t, x_t) * eps_hat + _at(variance.sqrt(), t, x_t) * z)
 
     def ddpm_sample(self, model: Model, x_T: Tensor, y: Tensor, *, steps: int | None = None,
-                    generator: torch.Generator | None = None, clip: bool = True,
+                    generator: Generators = None, clip: bool = True,
                     on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Ancestral sampling, x_T ~ N(0, I) down to x_0 (DDPM Algorithm 2), in `steps` respaced steps; default: all T.
 
         x_T: (N, C, H, W), noise; y: (N,) labels.
-        generator: of the noise, on the CPU; see `noise`.
+        generator: of the noise, on the CPU, one or several; see `noise`.
         on_step(t, x_t) is called with every image on the way, from x_T with t = T to the result with t = 0 (the papers' t).
         Returns (N, C, H, W).
         """
@@ -217,7 +218,7 @@ class GaussianDiffusion:
         return chain._sample(chain.ddpm_step, model, x_T, y, generator, on_step, clip=clip)
 
     def ddim_sample(self, model: Model, x_T: Tensor, y: Tensor, *, steps: int, eta: float = 0.0,
-                    generator: torch.Generator | None = None, clip: bool = True,
+                    generator: Generators = None, clip: bool = True,
                     on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """DDIM sampling (DDIM section 4.2) in `steps` of the T steps; the rest as in `ddpm_sample`. eta in [0, 1]."""
         if not 0 <= eta <= 1:
@@ -239,8 +240,13 @@ class GaussianDiffusion:
         return x_t
 
 
-def noise(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-    """N(0, I), generated in float32 on the CPU, so that a seed gives the same digits on every device and in every dtype."""
+def noise(shape: Sequence[int], generator: Generators = None) -> Tensor:
+    """N(0, I), generated in float32 on the CPU, so that a seed gives the same digits on every device and in every dtype.
+
+    Of several generators, each makes as many of the images.
+    """
+    if isinstance(generator, list):
+        return torch.cat([noise((shape[0] // len(generator), *shape[1:]), one) for one in generator])
     return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 

@@ -29,29 +29,35 @@ from runtime.files import check_files, here_or_in_project
 from runtime.fused import fused
 from runtime.pictures import denser_at_the_end, fits, save_animation, save_picture, show
 from runtime.script import exit_status, pick_device, run_script
-from runtime.speed import keep_freed_memory
+from runtime.speed import keep_freed_memory, recorded
 
 
 def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm", steps: int | None = None,
-             eta: float = 0.0, guidance: float = GUIDANCE, seed: int = 0, diffusion: GaussianDiffusion | None = None,
-             on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
+             eta: float = 0.0, guidance: float = GUIDANCE, seed: int | Sequence[int] = 0,
+             diffusion: GaussianDiffusion | None = None, on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
     """One image per label. labels: (N,) ints in [0, num_classes]; returns (N, C, H, W) in [-1, 1].
 
     sampler, steps: "ddpm" (1000 by default) or "ddim" (50); eta: noise of ddim, in [0, 1];
-    guidance: 1 turns it off; on_step(t, x_t): see `GaussianDiffusion.ddpm_sample`.
+    guidance: 1 turns it off; seed: one, or several, each for as many of the images;
+    on_step(t, x_t): see `GaussianDiffusion.ddpm_sample`.
     ValueError if one is out of range, FloatingPointError if the result is not finite.
     """
     config, device = model.config, model.pos_embed.device
     diffusion = diffusion or GaussianDiffusion(device=device)
-    steps = check_settings(sampler, steps, eta, guidance, seed)
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed]
+    for one in seeds:
+        steps = check_settings(sampler, steps, eta, guidance, one)
     if guidance != 1 and config.class_dropout_prob == 0:
         raise ValueError("the network was trained without a null class: guidance must be 1")
     y = as_labels(labels, config.num_classes).to(device)
-    generator = torch.Generator().manual_seed(seed)
+    if len(y) % len(seeds):
+        raise ValueError(f"{len(y)} images cannot be shared evenly by {len(seeds)} seeds")
+    generators = [torch.Generator().manual_seed(one) for one in seeds]
     network = guided(diffusion.as_eps(fused(model, frozen=True), config.predicts), guidance, null_class=config.num_classes)
+    network = recorded(network, device)  # on a GPU, as one CUDA graph
     sample = diffusion.ddpm_sample if sampler == "ddpm" else partial(diffusion.ddim_sample, eta=eta)
-    x_T = noise((len(y), config.in_channels, config.image_size, config.image_size), generator)  # DDPM Algorithm 2, line 1
-    x_0 = sample(network, x_T.to(model.pos_embed), y, steps=steps, generator=generator, on_step=on_step)
+    x_T = noise((len(y), config.in_channels, config.image_size, config.image_size), generators)  # DDPM Algorithm 2, line 1
+    x_0 = sample(network, x_T.to(model.pos_embed), y, steps=steps, generator=generators, on_step=on_step)
     if not x_0.isfinite().all():
         raise FloatingPointError("the network's output is not finite, so there is nothing to show")
     return x_0

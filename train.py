@@ -16,7 +16,7 @@ import argparse
 import copy
 import math
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from runtime.distributed import Ranks, joined_ranks
 from runtime.files import here_or_in_project
 from runtime.run import Run, RunFiles
 from runtime.script import exit_status, pick_device, run_script
-from runtime.speed import compiled, keep_freed_memory
+from runtime.speed import compiled, keep_freed_memory, recorded, records
 
 HELD_OUT_BATCH = 250  # test images at a time
 SAMPLE_STEPS = 25  # of DDIM, for samples.png
@@ -61,21 +61,35 @@ def ema_decay(step: int, cfg: TrainConfig) -> float:
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
     """ema <- decay ema + (1 - decay) model, for each parameter; buffers do not change."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    means, values = list(ema.parameters()), list(model.parameters())
+    if isinstance(decay, Tensor):  # which _foreach_lerp_ does not take
+        differences = torch._foreach_sub(values, means)
+        torch._foreach_mul_(differences, 1 - decay)
+        torch._foreach_add_(means, differences)
+    else:
+        torch._foreach_lerp_(means, values, 1 - decay)
+
+
+def held_out(diffusion: GaussianDiffusion, digits: Digits) -> list[list[Tensor]]:
+    """Batches (x_0, y, t, eps) of all `digits`, with the same t and eps on every device."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for start in range(0, len(digits), HELD_OUT_BATCH):
+        x_0, y = digits[start:start + HELD_OUT_BATCH]
+        t, eps = diffusion.draw_t_and_eps(x_0.cpu(), generator)
+        batches.append([x_0, y, t.to(y.device), eps.to(y.device)])
+    # A GPU takes them all at once.
+    return [[*map(torch.cat, zip(*batches, strict=True))]] if records(y.device) else batches
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, diffusion: GaussianDiffusion, digits: Digits, kind: str) -> float:
-    """Mean loss over `digits`, without min-SNR weights. Each image gets the same t and eps at every call."""
-    generator = torch.Generator().manual_seed(0)
-    total = 0.0
-    for start in range(0, len(digits), HELD_OUT_BATCH):
-        x_0, y = digits[start:start + HELD_OUT_BATCH]
-        t, eps = (values.to(y.device) for values in diffusion.draw_t_and_eps(x_0.cpu(), generator))
-        total += diffusion.loss(model, x_0, y, t, eps, kind).item() * len(y)
-    return total / len(digits)
+def held_out_loss(model: nn.Module, diffusion: GaussianDiffusion, batches: list[list[Tensor]], kind: str) -> float:
+    """Mean loss over the images of `batches`, without min-SNR weights."""
+    losses = torch.stack([diffusion.loss(model, *batch, kind) for batch in batches]).tolist()  # one wait for a GPU
+    sizes = [len(x_0) for x_0, *_ in batches]
+    return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
 
 
 def sample_digits(ema: DiT, diffusion: GaussianDiffusion) -> Tensor:
@@ -104,6 +118,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
         print(f"there is no {cfg.data_dir} here: training on {data_dir}")
     train_set, test_set = (load_mnist(split, data_dir, device, cfg.limit, cfg.model.image_size) for split in (True, False))
     diffusion = GaussianDiffusion(device=device)
+    test_batches = held_out(diffusion, test_set)
     torch.manual_seed(cfg.seed)  # the initial weights
     model = DiT(cfg.model).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -114,11 +129,11 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
         run.begin(resume)
         network, fast_ema = model, ema
         if cfg.compile:
-            network, fast_ema = compiled(model, cfg.batch_size // ranks.size), compiled(ema, HELD_OUT_BATCH)
+            network, fast_ema = compiled(model, cfg.batch_size // ranks.size), compiled(ema, len(test_batches[0][0]))
         network = diffusion.as_eps(ranks.wrap(network), cfg.model.predicts)
         fast_ema = diffusion.as_eps(fast_ema, cfg.model.predicts)
 
-        def step(x_0: Tensor, y: Tensor, lr: float, decay: float) -> Tensor:
+        def step(x_0: Tensor, y: Tensor, lr: float | Tensor, decay: float | Tensor) -> Tensor:
             """DDPM Algorithm 1, lines 3 to 5, for a batch (line 2). Returns the loss."""
             t, eps = diffusion.draw_t_and_eps(x_0, generator)  # lines 3 and 4
             y = model.y_embedder.drop(y, generator)  # CFG Algorithm 1, line 3
@@ -127,65 +142,61 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
             loss.backward()  # line 5
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = lr
+                    group.update(lr=lr, capturable=isinstance(lr, Tensor))  # capturable: by `recorded`
                 optimizer.step()
                 optimizer.zero_grad()
             update_ema(ema, model, decay)
             return loss.detach()
 
+        def step_at(index: Tensor, lr: float | Tensor, decay: float | Tensor) -> Tensor:
+            return step(*train_set[index], lr, decay)
+
+        step_at = recorded(step_at, device, generator, model.zero_grad)  # on a GPU, as one CUDA graph
         for epoch in run.epochs():
-            for x_0, y in run.batches(train_set):
-                run.end_step(step(x_0, y, learning_rate(run.step, cfg, run.total_steps), ema_decay(run.step + 1, cfg)))
-            run.end_epoch(held_out_loss(fast_ema, diffusion, test_set, cfg.loss))
+            for index in run.batches(train_set):
+                run.end_step(step_at(index, learning_rate(run.step, cfg, run.total_steps), ema_decay(run.step + 1, cfg)))
+            run.end_epoch(held_out_loss(fast_ema, diffusion, test_batches, cfg.loss))
             if samples_due(epoch, cfg.epochs):
                 run.add_samples(sample_digits(ema, diffusion))
     return ema
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """One option per field of the two configs that has a help text, with the field's default and type.
-
-    --model is left out of the result unless it is given: it is not a field, but sets the defaults of others.
-    """
+    """One option per field of the two configs that has a help text. What is not given is not in the result."""
     parser = argparse.ArgumentParser("train.py", description="Train a Diffusion Transformer on MNIST.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     argument_default=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true", help="continue the run that left model.resume.pth")
     for title, config_class in (("recipe", TrainConfig), ("network", ModelConfig)):
         group = parser.add_argument_group(title)
         for f in fields(config_class):
             if "help" in f.metadata:
                 kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-                group.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **f.metadata)
-    models = FAMILY | PAPER
-    group.add_argument("--model", choices=tuple(models), metavar="NAME", default=argparse.SUPPRESS,
-                       help=f"take the defaults of this group from a named model: {', '.join(models)}")
+                help = f"{f.metadata['help']} (default: {f.default})"
+                group.add_argument("--" + f.name.replace("_", "-"), **kind, **{**f.metadata, "help": help})
+    names = tuple(FAMILY | PAPER)
+    group.add_argument("--model", choices=names, metavar="NAME",
+                       help=f"take the defaults of this group from a named model: {', '.join(names)}")
     return parser
 
 
-def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[TrainConfig, bool]:
-    """The recipe of the command line, and whether to resume. Exits with an error message if it is wrong."""
-    args = parser.parse_args(argv)
-    if "model" in args:
-        named = (FAMILY | PAPER)[args.model]
-        parser.set_defaults(**{f.name: getattr(named, f.name) for f in fields(ModelConfig) if "help" in f.metadata})
-        args = parser.parse_args(argv)
-
-    def chosen(config_class: type) -> dict:
-        return {f.name: getattr(args, f.name) for f in fields(config_class) if "help" in f.metadata}
-
-    try:
-        cfg = TrainConfig(model=ModelConfig(**chosen(ModelConfig)), **chosen(TrainConfig))
-        # An unusable device and unwritable files are reported before training.
-        pick_device(cfg.device)
-        RunFiles(cfg)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    return cfg, args.resume
+def configure(model: str = "", **given) -> TrainConfig:
+    """The recipe with these fields of both configs. model: a name. ValueError or OSError if it cannot be used."""
+    network = replace((FAMILY | PAPER)[model], in_channels=1, num_classes=10) if model else ModelConfig()
+    of_network = {f.name: given.pop(f.name) for f in fields(ModelConfig) if f.name in given}
+    cfg = TrainConfig(model=replace(network, **of_network), **given)
+    pick_device(cfg.device)
+    RunFiles(cfg)  # unwritable files are reported before training
+    return cfg
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
-    cfg, resume = parse_args(parser, argv)
+    given = vars(parser.parse_args(argv))
+    resume = given.pop("resume", False)
+    try:
+        cfg = configure(**given)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
     def work() -> None:
         with joined_ranks(pick_device(cfg.device)) as ranks:

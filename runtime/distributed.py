@@ -63,7 +63,7 @@ class Ranks:
 
 @contextmanager
 def joined_ranks(device: torch.device) -> Iterator[Ranks]:
-    """The processes of this run, connected within the context: GPUs by NCCL, CPUs by Gloo.
+    """The processes of this run, connected within the context: GPUs by NCCL, else by Gloo.
 
     device: this process's own.
     """
@@ -80,7 +80,9 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     warnings.filterwarnings("ignore", "Grad strides do not match")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # NCCL refuses processes that share a GPU (--device cuda:0).
+    own_gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and own_gpu else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         ranks = Ranks(rank, size)

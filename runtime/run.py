@@ -172,12 +172,11 @@ class Run(ExitStack):
             self.bar.set_description(f"epoch {epoch}/{self.cfg.epochs}", refresh=False)
             yield epoch
 
-    def batches(self, data: Digits) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches (x_0, y) that remain of the current epoch, in its random order."""
+    def batches(self, data: Digits) -> Iterator[Tensor]:
+        """The indices of the batches that remain of the current epoch, in its random order."""
         self.order_at_epoch = self.order.get_state()
         done = self.step - len(self.curve) * self.steps_per_epoch
-        for index in islice(data.batch_indices(self.cfg.batch_size, self.order), done, None):
-            yield data[index]
+        yield from islice(data.batch_indices(self.cfg.batch_size, self.order), done, None)
 
     def end_step(self, loss: Tensor) -> None:
         """Count the step, save when due. Stopped after a signal, TrainingError if it diverges."""

@@ -7,15 +7,17 @@ import ctypes
 import os
 import sys
 import warnings
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dit import DiT
 from runtime.fused import fused
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's <malloc.h>
+PLAIN_CALLS = 3  # before a CUDA graph: they create what is created once, such as momenta
 
 
 def keep_freed_memory() -> None:
@@ -47,7 +49,8 @@ def compiled(model: DiT, batch_size: int) -> nn.Module:
         tqdm.write("compiling the network; --no-compile skips this")
     warnings.filterwarnings("ignore", "TensorFloat32")  # which gains nothing at these widths (benchmarks/README.md)
     # On a GPU, CUDA graphs: the kernels of so small a network take less time than Python needs to start them.
-    network = torch.compile(model, dynamic=False, mode="reduce-overhead" if x_t.is_cuda else "default")
+    graphs = x_t.is_cuda and not records(device)  # which has a graph of the whole step
+    network = torch.compile(model, dynamic=False, mode="reduce-overhead" if graphs else "default")
     try:
         with torch.set_grad_enabled(model.training):
             out = network(x_t, t, y)
@@ -55,8 +58,85 @@ def compiled(model: DiT, batch_size: int) -> nn.Module:
             out.sum().backward()
         return network
     except Exception as error:  # a compiler fails in as many ways as there are machines; the plain network never does
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        tqdm.write(f"continuing without compilation, which is slower: {reason}")
+        tqdm.write(f"continuing without compilation, which is slower: {sentence(error)}")
         return model
     finally:
         model.zero_grad()
+
+
+def sentence(error: BaseException) -> str:
+    """The first line of its message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def records(device: torch.device) -> bool:
+    """Whether `recorded` makes CUDA graphs: on one GPU."""
+    # Until a GPU has run its tests (python -m benchmarks.gpu), only on demand.
+    asked = os.environ.get("DIT_RECORD") == "1"
+    return asked and device.type == "cuda" and os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def recorded(function: Callable[..., Tensor], device: torch.device,
+             generator: torch.Generator | None = None,
+             after_failure: Callable[[], object] = lambda: None) -> Callable[..., Tensor]:
+    """`function`, recorded on a GPU as a CUDA graph in its fourth call; later calls replay it.
+
+    Python takes longer to start hundreds of small kernels than a GPU to run them.
+    function: takes tensors and numbers, of the same shapes in every call, and returns a tensor. It
+    gets numbers as tensors, (), because a graph would repeat a number. What it does in Python, such
+    as counting, happens only in its first four calls. generator: of its random numbers.
+    after_failure: undoes half a call. Then one line says why, and all calls are plain.
+    """
+    if not records(device):
+        return function
+    warnings.filterwarnings("ignore", ".*capturable=True")  # of AdamW, about the plain calls
+    stream = torch.cuda.Stream(device)
+    inputs, calls, replay = [], 0, None
+
+    def call(*values: Tensor | float) -> Tensor:
+        nonlocal calls, replay
+        if calls > PLAIN_CALLS and replay is None:
+            return function(*values)
+        if not inputs:
+            inputs.extend(torch.as_tensor(value, device=device).clone() for value in values)
+        for own, value in zip(inputs, values, strict=True):
+            own.copy_(value) if isinstance(value, Tensor) else own.fill_(value)  # no wait
+        calls += 1
+        if calls <= PLAIN_CALLS:
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                out = function(*inputs)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            return out
+        try:
+            replay = replay or captured(function, inputs, stream, generator)
+        except Exception as error:  # what a graph cannot hold, such as .item(), or out of memory
+            tqdm.write("continuing without a CUDA graph, which is slower: "
+                       f"{sentence(error.__context__ or error)}")
+            after_failure()
+            return function(*values)
+        return replay().clone()
+
+    return call
+
+
+def captured(function: Callable[..., Tensor], inputs: list[Tensor], stream: torch.cuda.Stream,
+             generator: torch.Generator | None) -> Callable[[], Tensor]:
+    """function(*inputs) as a CUDA graph: a call runs it, and gives the same tensor every time."""
+    graph = torch.cuda.CUDAGraph()
+    if generator:
+        before = generator.clone_state()
+        graph.register_generator_state(generator)
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            out = function(*inputs)
+    except Exception:
+        if generator:  # a failed capture leaves it unusable
+            generator.graphsafe_set_state(before.graphsafe_get_state())
+        raise
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay

@@ -24,7 +24,7 @@ from dit import DiT
 from inference import generate
 from runtime.checkpoint import load_model, save_checkpoint
 from runtime.pictures import GAP, MAX_SIDE, ZOOM, denser_at_the_end, fits, loss_curve, save_animation, save_picture, show
-from train import held_out_loss
+from train import held_out, held_out_loss
 
 SIDE = ZOOM * (28 + GAP)
 
@@ -282,4 +282,6 @@ def test_the_included_weights_are_what_train_py_makes():
     recipe = info["recipe"]  # without the options that came later, which were at their defaults
     assert TrainConfig(**recipe | {"model": ModelConfig(**recipe["model"])}) == TrainConfig()
     assert info["step"] == TrainConfig().epochs * (MNIST_IMAGES // TrainConfig().batch_size)
-    assert held_out_loss(model, GaussianDiffusion(), load_mnist(False, ROOT / "mnist", limit=1000), "l1") < 0.05
+    diffusion = GaussianDiffusion()
+    some = held_out(diffusion, load_mnist(False, ROOT / "mnist", limit=1000))
+    assert held_out_loss(model, diffusion, some, "l1") < 0.05
