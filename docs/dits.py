@@ -1,4 +1,4 @@
-"""Draw the architecture, with the shapes that tensors have in the network: python -m assets.dits assets/dits.png"""
+"""Draw the architecture, with the shapes of the tensors: python -m docs.dits assets/dits.png"""
 
 import sys
 from pathlib import Path
@@ -13,14 +13,17 @@ from dit import DiT
 from runtime.pictures import DPI, save_picture
 
 FIXED, LEARNED, CONDITION, DATA = "#e8e8e8", "#cfe2f3", "#fce5cd", "#ffffff"
+DARK = "#444444"
 
 
 def shapes(model: DiT) -> dict[str, str]:
     """What each module returns for a batch of N images: name -> "(N, 49, 64)"."""
     found, hooks = {}, []
     for name, module in model.named_modules():
-        hooks.append(module.register_forward_hook(
-            lambda module, inputs, out, name=name: found.update({name: f"(N, {', '.join(map(str, out.shape[1:]))})"})))
+        def keep(module, inputs, out, name=name):
+            found[name] = f"(N, {', '.join(map(str, out.shape[1:]))})"
+
+        hooks.append(module.register_forward_hook(keep))
     zeros = torch.zeros(2, dtype=torch.long)
     model(torch.zeros(2, 1, 28, 28), zeros, zeros)
     for hook in hooks:
@@ -28,23 +31,28 @@ def shapes(model: DiT) -> dict[str, str]:
     return found
 
 
-def box(axes: Axes, x: float, y: float, text: str, color: str, width: float = 2.6, height: float = 0.6) -> None:
-    axes.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, facecolor=color, edgecolor="#444444",
-                                  linewidth=0.9, boxstyle="round,pad=0.02,rounding_size=0.08"))
+def box(axes: Axes, x: float, y: float, text: str, color: str, width: float = 2.6,
+        height: float = 0.6) -> None:
+    axes.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, facecolor=color,
+                                  edgecolor=DARK, linewidth=0.9,
+                                  boxstyle="round,pad=0.02,rounding_size=0.08"))
     axes.text(x, y, text, ha="center", va="center", fontsize=8)
 
 
-def arrow(axes: Axes, x_1: float, y_1: float, x_2: float, y_2: float, label: str = "", side: float = 0.1,
-          color: str = "#444444") -> None:
-    axes.add_patch(FancyArrowPatch((x_1, y_1), (x_2, y_2), arrowstyle="-|>", mutation_scale=8, color=color, linewidth=0.9,
-                                   shrinkA=0, shrinkB=0))
-    if label:
-        axes.text((x_1 + x_2) / 2 + side, (y_1 + y_2) / 2, label, fontsize=7.5, color="#333333", va="center",
-                  ha="left" if side > 0 else "right")
+def arrow(axes: Axes, x_1: float, y_1: float, x_2: float, y_2: float, label: str = "",
+          color: str = DARK) -> None:
+    axes.add_patch(FancyArrowPatch((x_1, y_1), (x_2, y_2), arrowstyle="-|>", mutation_scale=8,
+                                   color=color, linewidth=0.9, shrinkA=0, shrinkB=0))
+    axes.text((x_1 + x_2) / 2 + 0.1, (y_1 + y_2) / 2, label, fontsize=7.5, color="#333333",
+              va="center")
 
 
-def column(axes: Axes, x: float, steps: list[tuple[str, str, str]], top: float, gap: float = 1.1) -> list[float]:
-    """Boxes from top to bottom; each step is (text, color, shape on the arrow that leaves it). Returns their heights."""
+def column(axes: Axes, x: float, steps: list[tuple[str, str, str]], top: float,
+           gap: float) -> list[float]:
+    """Boxes from top to bottom. Returns their heights.
+
+    Each step is (text, color, shape on the arrow that leaves it).
+    """
     heights = [top - i * gap for i in range(len(steps))]
     for (text, color, shape), y in zip(steps, heights, strict=True):
         box(axes, x, y, text, color)
@@ -73,7 +81,8 @@ def architecture() -> Figure:
         (f"+ pos_embed (1, {L}, {D})", FIXED, shape["x_embedder"]),
         (f"DiTBlock x {config.depth}", LEARNED, shape["blocks.0"]),
         ("LayerNorm\nx (1 + scale) + shift", FIXED, shape["final_layer.norm_final"]),
-        (f"Linear({D}, {p * p * config.out_channels})\ninitialised to zero", LEARNED, shape["final_layer"]),
+        (f"Linear({D}, {p * p * config.out_channels})\ninitialised to zero", LEARNED,
+         shape["final_layer"]),
         ("unpatchify", FIXED, image),
         ("eps_hat, predicted noise", DATA, ""),
     ], top=9.4, gap=1.25)
@@ -88,12 +97,14 @@ def architecture() -> Figure:
     arrow(axes, 5.0, c - 0.32, 5.0, whole[4] + 0.32, color="#c27c0e")
     box(axes, 5.0, whole[4], f"SiLU, Linear({D}, {2 * D})\ninitialised to zero", LEARNED)
     arrow(axes, 3.68, whole[4], 2.55, whole[4], color="#c27c0e")
-    axes.text(3.12, whole[4] + 0.1, "shift, scale", fontsize=7.5, color="#a0650a", ha="center", va="bottom")
+    axes.text(3.12, whole[4] + 0.1, "shift, scale", fontsize=7.5, color="#a0650a", ha="center",
+              va="bottom")
 
     # A block
     axes.text(10.2, 10.1, "DiTBlock, adaLN-Zero", fontsize=11, weight="bold", ha="center")
-    axes.add_patch(FancyBboxPatch((7.1, 0.1), 6.0, 9.75, boxstyle="round,pad=0.02,rounding_size=0.15", facecolor="none",
-                                  edgecolor="#888888", linestyle="--"))
+    axes.add_patch(FancyBboxPatch((7.1, 0.1), 6.0, 9.75, facecolor="none", edgecolor="#888888",
+                                  linestyle="--", boxstyle="round,pad=0.02,rounding_size=0.15"))
+    hidden = model.blocks[0].mlp.fc1.out_features
     tokens, scores = shape["blocks.0"], f"softmax(Q K^T / sqrt({D // config.num_heads})) V"
     x, top, gap = 11.2, 9.0, 0.98
     block = column(axes, x, [
@@ -106,29 +117,33 @@ def architecture() -> Figure:
     block_2 = column(axes, x, [
         ("LayerNorm", FIXED, tokens),
         ("x (1 + scale) + shift", FIXED, tokens),
-        (f"MLP: {D} to {shape['blocks.0.mlp.fc1'].split()[-1][:-1]} to {D}, GELU", LEARNED, shape["blocks.0.mlp"]),
+        (f"MLP: {D} to {hidden} to {D}, GELU", LEARNED, shape["blocks.0.mlp"]),
         ("times gate", FIXED, tokens),
     ], plus - 0.75, gap)
     plus_2 = block_2[-1] - 0.65
     arrow(axes, x, 9.75, x, top + 0.32, "")
     for y, above, below in ((plus, block[-1], block_2[0] + 0.32), (plus_2, block_2[-1], 0.12)):
         axes.text(x, y, "+", ha="center", va="center", fontsize=12)
-        axes.add_patch(FancyBboxPatch((x - 0.12, y - 0.12), 0.24, 0.24, boxstyle="circle,pad=0.02", facecolor="none",
-                                      edgecolor="#444444", linewidth=0.8))
+        axes.add_patch(FancyBboxPatch((x - 0.12, y - 0.12), 0.24, 0.24, facecolor="none",
+                                      edgecolor=DARK, linewidth=0.8, boxstyle="circle,pad=0.02"))
         arrow(axes, x, above - 0.32, x, y + 0.17)
         arrow(axes, x, y - 0.17, x, below)
     for start, end in ((9.6, plus), (plus - 0.3, plus_2)):  # the residual paths
-        axes.plot([x, 12.85, 12.85], [start, start, end], color="#444444", linewidth=0.9)
+        axes.plot([x, 12.85, 12.85], [start, start, end], color=DARK, linewidth=0.9)
         arrow(axes, 12.85, end, x + 0.17, end)
     box(axes, 8.0, 7.0, "c", CONDITION, width=0.7)
     arrow(axes, 8.0, 6.68, 8.0, 5.92, color="#c27c0e")
     box(axes, 8.0, 5.6, f"SiLU,\nLinear({D}, {6 * D})", LEARNED, width=1.5)
-    axes.text(8.0, 5.15, "initialised to zero;\nsix vectors", fontsize=7.5, color="#a0650a", ha="center", va="top")
-    axes.plot([8.77, 8.92, 8.92, 8.92], [5.6, 5.6, block[1], block_2[3]], color="#c27c0e", linewidth=0.9)
-    for name, y in (("shift, scale", block[1]), ("gate", block[3]), ("shift, scale", block_2[1]), ("gate", block_2[3])):
+    axes.text(8.0, 5.15, "initialised to zero;\nsix vectors", fontsize=7.5, color="#a0650a",
+              ha="center", va="top")
+    axes.plot([8.77, 8.92, 8.92, 8.92], [5.6, 5.6, block[1], block_2[3]], color="#c27c0e",
+              linewidth=0.9)
+    for name, y in (("shift, scale", block[1]), ("gate", block[3]),
+                    ("shift, scale", block_2[1]), ("gate", block_2[3])):
         arrow(axes, 8.92, y, x - 1.35, y, color="#c27c0e")
         axes.text(x - 1.4, y + 0.1, name, fontsize=7.5, color="#a0650a", ha="right", va="bottom")
-    for i, (color, text) in enumerate(((LEARNED, "trained"), (FIXED, "fixed"), (CONDITION, "condition"))):
+    for i, (color, text) in enumerate(((LEARNED, "trained"), (FIXED, "fixed"),
+                                       (CONDITION, "condition"))):
         box(axes, 3.9 + 1.15 * i, 0.7, text, color, width=1.0, height=0.4)
     return figure
 
