@@ -17,7 +17,6 @@ import copy
 import math
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from muon import Muon
 from runtime.distributed import Ranks, joined_ranks
 from runtime.files import here_or_in_project
 from runtime.run import Run, RunFiles
-from runtime.script import exit_status, pick_device, run_script
+from runtime.script import add_config_options, exit_status, pick_device, run_script
 from runtime.speed import compiled, keep_freed_memory, recorded, records
 
 HELD_OUT_BATCH = 250  # test images at a time
@@ -87,9 +86,8 @@ def held_out(diffusion: GaussianDiffusion, digits: Digits) -> list[list[Tensor]]
 @torch.no_grad()
 def held_out_loss(model: nn.Module, diffusion: GaussianDiffusion, batches: list[list[Tensor]], kind: str) -> float:
     """Mean loss over the images of `batches`, without min-SNR weights."""
-    losses = torch.stack([diffusion.loss(model, *batch, kind) for batch in batches]).tolist()  # one wait for a GPU
-    sizes = [len(x_0) for x_0, *_ in batches]
-    return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
+    total = sum(diffusion.loss(model, *batch, kind) * len(batch[0]) for batch in batches)
+    return (total / sum(len(x_0) for x_0, *_ in batches)).item()  # the one wait for a GPU
 
 
 def sample_digits(ema: DiT, diffusion: GaussianDiffusion) -> Tensor:
@@ -114,8 +112,6 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
     keep_freed_memory()
     device = pick_device(cfg.device)
     data_dir = here_or_in_project(cfg.data_dir)
-    if data_dir != Path(cfg.data_dir) and ranks.leads:
-        print(f"there is no {cfg.data_dir} here: training on {data_dir}")
     train_set, test_set = (load_mnist(split, data_dir, device, cfg.limit, cfg.model.image_size) for split in (True, False))
     diffusion = GaussianDiffusion(device=device)
     test_batches = held_out(diffusion, test_set)
@@ -127,11 +123,9 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
     with Run(cfg, ranks, model, ema, optimizers, generator, len(train_set),
              diffusion.schedule) as run:
         run.begin(resume)
-        network, fast_ema = model, ema
-        if cfg.compile:
-            network, fast_ema = compiled(model, cfg.batch_size // ranks.size), compiled(ema, len(test_batches[0][0]))
-        network = diffusion.as_eps(ranks.wrap(network), cfg.model.predicts)
-        fast_ema = diffusion.as_eps(fast_ema, cfg.model.predicts)
+        fast = compiled if cfg.compile else lambda network, batch_size: network
+        network = diffusion.as_eps(ranks.wrap(fast(model, cfg.batch_size // ranks.size)), cfg.model.predicts)
+        fast_ema = diffusion.as_eps(fast(ema, len(test_batches[0][0])), cfg.model.predicts)
 
         def step(x_0: Tensor, y: Tensor, lr: float | Tensor, decay: float | Tensor) -> Tensor:
             """DDPM Algorithm 1, lines 3 to 5, for a batch (line 2). Returns the loss."""
@@ -148,10 +142,8 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
             update_ema(ema, model, decay)
             return loss.detach()
 
-        def step_at(index: Tensor, lr: float | Tensor, decay: float | Tensor) -> Tensor:
-            return step(*train_set[index], lr, decay)
-
-        step_at = recorded(step_at, device, generator, model.zero_grad)  # on a GPU, as one CUDA graph
+        # On a GPU, this is one CUDA graph.
+        step_at = recorded(lambda index, *rates: step(*train_set[index], *rates), device, generator, model.zero_grad)
         for epoch in run.epochs():
             for index in run.batches(train_set):
                 run.end_step(step_at(index, learning_rate(run.step, cfg, run.total_steps), ema_decay(run.step + 1, cfg)))
@@ -162,17 +154,13 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """One option per field of the two configs that has a help text. What is not given is not in the result."""
+    """The fields of both configs as options. What is not given is not in the result."""
     parser = argparse.ArgumentParser("train.py", description="Train a Diffusion Transformer on MNIST.", allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true", help="continue the run that left model.resume.pth")
-    for title, config_class in (("recipe", TrainConfig), ("network", ModelConfig)):
-        group = parser.add_argument_group(title)
-        for f in fields(config_class):
-            if "help" in f.metadata:
-                kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-                help = f"{f.metadata['help']} (default: {f.default})"
-                group.add_argument("--" + f.name.replace("_", "-"), **kind, **{**f.metadata, "help": help})
+    add_config_options(parser.add_argument_group("recipe"), TrainConfig)
+    group = parser.add_argument_group("network")
+    add_config_options(group, ModelConfig)
     names = tuple(FAMILY | PAPER)
     group.add_argument("--model", choices=names, metavar="NAME",
                        help=f"take the defaults of this group from a named model: {', '.join(names)}")

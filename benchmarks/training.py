@@ -5,60 +5,49 @@
 """
 
 import argparse
-import copy
 import math
 from collections.abc import Callable
+from contextlib import redirect_stderr, suppress
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
 from matplotlib.figure import Figure
 
+import train
 from benchmarks.measure import about, medians
 from config import FAMILY, ModelConfig, TrainConfig
-from dataset import Digits
-from diffusion import GaussianDiffusion
-from dit import DiT
 from runtime.flops import arithmetic
 from runtime.pictures import DPI, save_picture, tidy
 from runtime.script import pick_device
-from runtime.speed import compiled, keep_freed_memory
-from train import make_optimizers, update_ema
+from runtime.speed import keep_freed_memory
 
 IN_A_ROW = 20  # steps per measurement: as in a training run, each finds the caches as the one before it left them
 
 
-def training_step(cfg: TrainConfig, device: torch.device, fast: bool) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The loop of train.py without its bookkeeping, as a call; and its forward and backward pass alone."""
-    torch.manual_seed(0)
-    model = DiT(cfg.model).to(device)
-    ema, optimizers, diffusion = copy.deepcopy(model), make_optimizers(model, cfg), GaussianDiffusion()
-    generator = torch.Generator(device).manual_seed(0)
-    images = torch.randint(0, 256, (4 * cfg.batch_size, 1, 28, 28), dtype=torch.uint8, device=device)
-    data = Digits(images, torch.arange(len(images), device=device) % 10)
-    index = torch.randperm(len(data), device=device)[:cfg.batch_size]
-    network = compiled(model, cfg.batch_size) if fast else model
+def training_step(cfg: TrainConfig, fast: bool) -> Callable[[], object]:
+    """A call of train.py's own step, taken from a run that ends before its first one."""
+    taken = []
 
-    def gradients() -> None:
-        x_0, y = data[index]
-        t, eps = diffusion.draw_t_and_eps(x_0, generator)
-        y = model.y_embedder.drop(y, generator)
-        diffusion.loss(network, x_0, y, t, eps, cfg.loss, cfg.min_snr).backward()
+    def take(step, *settings):
+        taken.append(step)
+        raise KeyboardInterrupt
 
-    def step() -> None:
-        gradients()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        update_ema(ema, model, cfg.ema_decay)
-
-    return step, gradients
+    with (TemporaryDirectory() as folder, patch.object(train, "recorded", take),
+          redirect_stderr(StringIO()), suppress(KeyboardInterrupt)):
+        train.train(replace(cfg, compile=fast, checkpoint=f"{folder}/model.pth"))
+    index = torch.randperm(cfg.limit, device=cfg.device)[:cfg.batch_size]
+    return lambda: taken[0](index, cfg.lr, cfg.ema_decay)
 
 
-def measure(cfg: TrainConfig, device: torch.device, rounds: int, kinds: list[str]) -> tuple[dict[str, float], float, int]:
+def measure(cfg: TrainConfig, rounds: int, kinds: list[str]) -> tuple[dict[str, float], float, int]:
     """Seconds per step of each kind, the roofline in seconds, and the operations per step."""
-    steps = {kind: training_step(cfg, device, fast=kind == "compiled")[0] for kind in kinds}
-    flops = arithmetic(training_step(cfg, device, fast=False)[1])
-    times, rate = medians(device, steps, rounds, IN_A_ROW)
+    steps = {kind: training_step(cfg, fast=kind == "compiled") for kind in kinds}
+    flops = arithmetic(training_step(replace(cfg, optimizer="adamw"), fast=False))
+    times, rate = medians(torch.device(cfg.device), steps, rounds, IN_A_ROW)
     return times, flops / rate, flops
 
 
@@ -96,14 +85,15 @@ def main(argv: list[str] | None = None) -> None:
         device = pick_device(args.device)
         config = ModelConfig(hidden_size=args.hidden_size, depth=args.depth, patch_size=args.patch_size)
         models = FAMILY if args.scaling else {"": config}
-        recipes = {name: TrainConfig(batch_size=args.batch_size, model=model) for name, model in models.items()}
+        recipes = {name: TrainConfig(batch_size=args.batch_size, model=model, device=str(device),
+                                     limit=4 * args.batch_size) for name, model in models.items()}
     except ValueError as error:
         parser.error(str(error))
     keep_freed_memory()
     print(f"{about(device)}, batches of {args.batch_size}")
     points = []
     for name, cfg in recipes.items():
-        times, roofline, flops = measure(cfg, device, args.rounds, ["compiled"] if args.scaling else ["plain", "compiled"])
+        times, roofline, flops = measure(cfg, args.rounds, ["compiled"] if args.scaling else ["plain", "compiled"])
         print(f"{name:4} {flops / 1e9:.2f} GFLOP per step, roofline {1000 * roofline:.1f} ms at "
               f"{flops / roofline / 1e9:.0f} GFLOP/s")
         for kind, time in times.items():

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import fields
 
 import torch
 
@@ -49,6 +50,15 @@ def run_script(main: Callable[[], int]) -> int:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by `before_torch`
         signal.signal(signal.SIGINT, signal.default_int_handler)
     return main()
+
+
+def add_config_options(group, config_class: type) -> None:
+    """One option per field that has a help text, of the field's type."""
+    for f in fields(config_class):
+        if "help" in f.metadata:
+            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+            text = f"{f.metadata['help']} (default: {f.default})"
+            group.add_argument("--" + f.name.replace("_", "-"), **kind, **f.metadata | {"help": text})
 
 
 def exit_status(parser: argparse.ArgumentParser, work: Callable[[], None]) -> int:

@@ -173,7 +173,7 @@ LEFT_ALONE = {
     "1600 tokens": lambda: DiT(ModelConfig(image_size=40, patch_size=1, hidden_size=16, depth=1)),
     "float64": lambda: DiT(ModelConfig()).double(),
     "fused already": lambda: fused(DiT(ModelConfig())),
-    "a subclass of DiTBlock": lambda: edited("", type("OtherBlock", (DiTBlock,), {"forward": lambda self, x, c: x})(64, 4, 4.0)),
+    "a subclass of DiTBlock": lambda: edited("", type("Other", (DiTBlock,), {"forward": lambda self, x, c: x})(64, 4, 4.0)),
     "adaLN among adaLN-Zero": lambda: edited("", AdaLNBlock(64, 4, 4.0)),
     "other heads": lambda: edited("", DiTBlock(64, 2, 4.0)),
     "another GELU": lambda: edited("mlp.act", nn.GELU()),
