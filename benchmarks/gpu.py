@@ -68,10 +68,10 @@ class Part:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-        result = {"seconds": time.monotonic() - start, "status": process.returncode,
-                  "output": log.read_text(errors="replace")[-6000:]}
+        output = log.read_text(errors="replace")
+        result = {"seconds": time.monotonic() - start, "status": process.returncode, "output": output[-6000:]}
         try:
-            result |= read() if read else json.loads(result["output"].strip().splitlines()[-1])
+            result |= read() if read else json.loads(output.strip().splitlines()[-1])
         except Exception as error:  # the item failed or was cut; its output says how
             result["not read"] = repr(error)
         else:
