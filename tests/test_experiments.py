@@ -141,6 +141,9 @@ def test_the_committed_table_is_of_todays_recipe():
     assert len(table) > 345 and study.current(table) == table
 
 
+NEXT = len(TABLE.read_text().splitlines()) + 1  # the number of a line that is added
+
+
 @pytest.fixture
 def table_copy(tmp_path):
     """table_copy(change): a copy of runs.csv whose text is changed."""
@@ -160,7 +163,7 @@ def test_a_row_that_a_full_disk_cut_does_not_count_and_is_replaced(cut, table_co
     left = table_of_rows.read(path)
     assert left == whole[:len(left)] and len(whole) - 2 <= len(left) < len(whole)
     for row in whole[len(left):]:
-        network = Network(row["model"], row["block"], row["recipe"], row["seed"])
+        network = Network(*(row[name] for name in vars(Network())))
         setting = Setting(*(row[name] for name in vars(Setting())))
         assert study.missing(network, [setting], left, study.RECIPE) == [setting]
         table_of_rows.append(path, row)
@@ -194,9 +197,9 @@ def test_a_table_cut_within_its_header_starts_again(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda lines: [*lines, lines[20]], "line 348: the same measurement as in line 21"),
+    (lambda lines: [*lines, lines[20]], f"line {NEXT}: the same measurement as in line 21"),
     (lambda lines: [*lines[:9], lines[1], *lines[9:]], "line 10: the same measurement as in"),
-    (lambda lines: [*lines, lines[20].replace(",1,2000,", ",1.0,2000,")], "line 348: the same"),
+    (lambda lines: [*lines, lines[20].replace(",1,2000,", ",1.0,2000,")], f"line {NEXT}: the same"),
     (lambda lines: [*lines[:9], lines[9].replace(",1,2000,", ",one,2000,")], "line 10: could not"),
     (lambda lines: [lines[0].replace(",digest", ""), *lines[1:]], "line 1: the columns are not")])
 def test_a_table_that_says_two_things_is_refused_by_file_and_line(change, words, table_copy):
@@ -208,9 +211,9 @@ def test_a_table_that_says_two_things_is_refused_by_file_and_line(change, words,
 def test_figures_refuses_a_doubled_row_in_one_sentence(table_copy, refused, monkeypatch):
     path = table_copy(lambda text: text + text.split("\n")[1] + "\n")
     monkeypatch.setattr(figures, "TABLE", path)
-    refused(figures.main, 1, "line 348: the same measurement as in line 2")
+    refused(figures.main, 1, f"line {NEXT}: the same measurement as in line 2")
     monkeypatch.setattr(runs, "TABLE", path)
-    refused(runs.main, 1, "line 348: the same measurement as in line 2", "--list")
+    refused(runs.main, 1, f"line {NEXT}: the same measurement as in line 2", "--list")
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.005}, {"ema_decay": 0.9999}, {"loss": "l1"}])
