@@ -69,7 +69,7 @@ def test_missing_archives(archives, tmp_path):
     (archives / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + b"\0" * 1000)
     assert len(load_mnist(True, tmp_path)) == 60_000
     (archives / IMAGES).unlink()
-    refuse(archives, rf"{IMAGES} is missing \(train-images-idx3-ubyte is there.*\); download it from https://.*/{IMAGES}")
+    refuse(archives, rf"{IMAGES} is missing \(train-images-idx3-ubyte is there.*\); download it from http.*/{IMAGES}")
     refuse(tmp_path / "nowhere" / "MNIST" / "raw", f"nowhere/MNIST/raw/{IMAGES} is missing; download it")
     (tmp_path / "file").write_text("")
     refuse(tmp_path / "file" / "MNIST" / "raw", r"cannot be read \(Not a directory\); download it")
