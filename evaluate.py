@@ -174,7 +174,7 @@ def nll_bound(model: DiT, digits: Digits, diffusion: GaussianDiffusion, seed: in
         for time in range(T):
             t = torch.full_like(y, time)
             x_t = diffusion.q_sample(x_0, t, noise(x_0.shape, generator).to(x_0))
-            terms = terms + diffusion.vlb_term(network(x_t, t, y), x_0, x_t, t)
+            terms = terms + diffusion.vlb_term(network(x_t, t, y), x_0, x_t, t, clip=True)
         total += terms.sum().item()
     return total / len(digits)
 

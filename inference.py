@@ -14,7 +14,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,12 +33,12 @@ from runtime.speed import keep_freed_memory, recorded
 
 def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm", steps: int | None = None,
              eta: float = 0.0, guidance: float = GUIDANCE, seed: int | Sequence[int] = 0,
-             diffusion: GaussianDiffusion | None = None, on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
+             diffusion: GaussianDiffusion | None = None, on_step: Callable[[int, Tensor], None] = lambda t, x_t: None) -> Tensor:
     """One image per label. labels: (N,) ints in [0, num_classes]; returns (N, C, H, W) in [-1, 1].
 
     sampler, steps: "ddpm" (1000 by default) or "ddim" (50); eta: noise of ddim, in [0, 1];
     guidance: 1 turns it off; seed: one, or several, each for as many of the images;
-    on_step(t, x_t): see `GaussianDiffusion.ddpm_sample`.
+    on_step(t, x_t): see `GaussianDiffusion.sample`.
     ValueError if one is out of range, FloatingPointError if the result is not finite.
     """
     config, device = model.config, model.pos_embed.device
@@ -55,9 +54,9 @@ def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm
     generators = [torch.Generator().manual_seed(one) for one in seeds]
     network = guided(diffusion.as_eps(fused(model, frozen=True), config.predicts), guidance, null_class=config.num_classes)
     network = recorded(network, device)  # on a GPU, as one CUDA graph
-    sample = diffusion.ddpm_sample if sampler == "ddpm" else partial(diffusion.ddim_sample, eta=eta)
     x_T = noise((len(y), config.in_channels, config.image_size, config.image_size), generators)  # DDPM Algorithm 2, line 1
-    x_0 = sample(network, x_T.to(model.pos_embed), y, steps=steps, generator=generators, on_step=on_step)
+    x_0 = diffusion.sample(network, x_T.to(model.pos_embed), y, sampler=sampler, steps=steps, eta=eta,
+                           generator=generators, on_step=on_step)
     if not x_0.isfinite().all():
         raise FloatingPointError("the network's output is not finite, so there is nothing to show")
     return x_0
