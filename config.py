@@ -1,6 +1,6 @@
 """The settings of a network and of a training run.
 
-A field with a help text in its metadata is an option of `train.py`, so each default is defined once.
+A field with a help text is an option of `train.py`, so each default is defined once.
 """
 
 from dataclasses import dataclass, field, fields
@@ -10,9 +10,9 @@ BETA = (1e-4, 0.02)  # variances of the first and the last step; those between a
 MNIST_IMAGES, MNIST_TEST_IMAGES = 60_000, 10_000
 STEPS = {"ddpm": T, "ddim": 50}  # sampling steps, by default
 SEEDS = (0, 2**32 - 1)  # least and greatest; torch's generator on a CPU takes 32 bits
-# Default strength of classifier-free guidance: the smallest one tried at which 99.5% of the digits are right.
+# Of classifier-free guidance, by default: the least one tried with 99.5% of the digits right.
 GUIDANCE = 2.0
-BLOCKS = ("in-context", "cross-attention", "adaLN", "adaLN-Zero")  # in the order of DiT section 3.2
+BLOCKS = ("in-context", "cross-attention", "adaLN", "adaLN-Zero")  # the order of DiT section 3.2
 
 
 def option(default, help, **argparse_settings):
@@ -22,7 +22,7 @@ def option(default, help, **argparse_settings):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a `DiT`; stored in the checkpoint. ValueError for sizes that do not divide."""
+    """The shape of a `DiT`; stored in the checkpoint. SettingError for sizes that do not divide."""
 
     image_size: int = option(28, "side of the images: MNIST's 28, or more with a black border")
     patch_size: int = option(4, "side of a square patch; must divide the side of the images")
@@ -30,94 +30,101 @@ class ModelConfig:
     hidden_size: int = option(64, "width of a token; a multiple of 4 and of the number of heads")
     depth: int = option(3, "number of blocks")
     num_heads: int = option(4, "attention heads of a block")
-    block: str = option("adaLN-Zero", "how a block is conditioned on t and y (DiT section 3.2)", choices=BLOCKS)
+    block: str = option("adaLN-Zero", "how t and y condition it (DiT section 3.2)", choices=BLOCKS)
     mlp_ratio: float = option(4.0, "hidden width of a block's MLP over the width of a token")
     num_classes: int = 10
-    class_dropout_prob: float = option(0.1, "share of training labels replaced by the null class, for guidance")
-    predicts: str = option("eps", "what the output is: the noise eps, the image x_0, or v", choices=("eps", "x_0", "v"))
+    class_dropout_prob: float = option(0.1, "share of labels dropped in training, for guidance")
+    predicts: str = option("eps", "what the output is: the noise eps, the image x_0, or v",
+                           choices=("eps", "x_0", "v"))
     learn_sigma: bool = option(False, "predict the variance of a step too, as the paper does")
-    # The paper's code uses 0.02 at widths from 384. At width 64 that slows learning at first.
-    label_init_std: float = option(1.0, "standard deviation of the initial label embeddings; the paper's code has 0.02")
-    time_init_std: float = option(0.1, "standard deviation of the initial time MLP's weights; the paper's code has 0.02")
+    # The paper's code has 0.02 for both, at widths from 384. At width 64, that learns slowly.
+    label_init_std: float = option(1.0, "initial standard deviation of the label embeddings")
+    time_init_std: float = option(0.1, "initial standard deviation of the time MLP's weights")
 
     def __post_init__(self):
         _check_types(self)
-        for name in ("image_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
-            _require_within(self, name, 1, 2**14)
+        for f in fields(self):
+            if f.type in (int, float):
+                _require_within(self, f.name, 1 if f.type is int else 0, 2**14)
         for size, part in (("image_size", "patch_size"), ("hidden_size", "num_heads")):
-            _require(getattr(self, size) % getattr(self, part) == 0,
-                     f"{part} {getattr(self, part)} does not divide {size} {getattr(self, size)}")
-        _require(self.hidden_size % 4 == 0, f"hidden_size {self.hidden_size} is not a multiple of 4, as positions need")
-        for name, most in (("mlp_ratio", 64), ("class_dropout_prob", 1), ("label_init_std", 100), ("time_init_std", 100)):
-            _require_within(self, name, 0, most)
-        _require(int(self.hidden_size * self.mlp_ratio) >= 1, f"mlp_ratio {self.mlp_ratio} leaves the MLP no hidden unit")
+            require(getattr(self, size) % getattr(self, part) == 0, f"{part} "
+                    f"{getattr(self, part)} does not divide {size} {getattr(self, size)}")
+        require(self.hidden_size % 4 == 0, "hidden_size must be a multiple of 4")
 
     @property
     def out_channels(self) -> int:
-        """Channels of the network's output: eps, and with learn_sigma as many again (DiT section 3.2)."""
+        """Channels of the output: eps, and with learn_sigma as many again (DiT section 3.2)."""
         return self.in_channels * (2 if self.learn_sigma else 1)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The recipe of a training run. ValueError for values out of range."""
+    """The recipe of a training run. SettingError for values out of range."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     epochs: int = option(500, "passes over the training images")
-    batch_size: int = option(300, "images per step; an incomplete last batch of an epoch is dropped")
-    loss: str = option("l1", "distance between the noise and its prediction; mse in the papers", choices=("l1", "mse"))
-    min_snr: float = option(0.3, "weight of a timestep in the loss: min(SNR, MIN_SNR) / SNR; 0 for equal weights")
-    optimizer: str = option("muon", "Muon for the blocks' matrices, AdamW for the rest; or AdamW", choices=("muon", "adamw"))
+    batch_size: int = option(300, "images per step; an epoch's incomplete last batch is dropped")
+    loss: str = option("l1", "of the noise; mse in the papers", choices=("l1", "mse"))
+    min_snr: float = option(0.3, "weight of t: min(SNR, MIN_SNR) / SNR; 0 for equal weights")
+    optimizer: str = option("muon", "Muon for the blocks' matrices, AdamW for the rest; or AdamW",
+                            choices=("muon", "adamw"))
     lr: float = option(0.005, "peak learning rate")
-    lr_schedule: str = option("cosine", "cosine decay to 0, or constant", choices=("cosine", "constant"))
-    ema_decay: float = option(0.9999, "decay of the EMA of the weights, which is used for sampling; lower at first")
-    seed: int = option(0, "random seed of the initial weights, the order of the images, t, noise and dropped labels")
+    lr_schedule: str = option("cosine", "decay to 0, or constant", choices=("cosine", "constant"))
+    ema_decay: float = option(0.9999, "of the EMA model, which samples; lower at first")
+    seed: int = option(0, "of initial weights, the images' order, t, noise and dropped labels")
     limit: int = option(0, "use the first LIMIT images of each split only; 0 for all")
     data_dir: str = option("mnist", "directory that holds MNIST/raw/ with the four archives")
-    checkpoint: str = option("model.pth", "file for the weights; model.resume.pth, loss.csv and the pictures go next to it")
+    checkpoint: str = option("model.pth", "the weights; all other files are written next to it")
     checkpoint_every: int = option(1000, "steps between two checkpoints")
     device: str = option("auto", "cpu, cuda, mps, ...; auto is a GPU if there is one")
-    compile: bool = option(True, "make the step faster: blocks in C++ on a CPU, else torch.compile (half a minute)")
+    compile: bool = option(True, "be faster: blocks in C++ on a CPU, else torch.compile")
 
     def __post_init__(self):
         _check_types(self)
-        for name, least, most in (("epochs", 1, 1_000_000), ("batch_size", 1, MNIST_IMAGES), ("checkpoint_every", 1, 10**9),
-                                  ("limit", 0, MNIST_IMAGES), ("seed", *SEEDS), ("min_snr", 0, 1e9),
-                                  ("lr", 1e-12, 1e3), ("ema_decay", 0, 1 - 1e-9)):
+        for name, least, most in (
+                ("epochs", 1, 1_000_000), ("batch_size", 1, MNIST_IMAGES),
+                ("checkpoint_every", 1, 10**9), ("limit", 0, MNIST_IMAGES), ("seed", *SEEDS),
+                ("min_snr", 0, 1e9), ("lr", 1e-12, 1e3), ("ema_decay", 0, 1 - 1e-9)):
             _require_within(self, name, least, most)
-        _require(not self.limit or self.batch_size <= self.limit, f"batch_size {self.batch_size} exceeds limit {self.limit}")
-        _require(self.model.image_size >= 28 and self.model.image_size % 2 == 0,
-                 f"image_size must be even and at least 28, not {self.model.image_size}: all four borders are equal")
-        _require((self.model.in_channels, self.model.num_classes) == (1, 10), "train.py trains on 1 channel and 10 classes")
+        require(self.batch_size <= (self.limit or MNIST_IMAGES),
+                f"batch_size {self.batch_size} exceeds limit {self.limit}")
+        side = self.model.image_size
+        require(side >= 28 and side % 2 == 0, f"image_size must be even and >= 28, not {side}")
 
 
-def _require(condition: bool, sentence: str) -> None:
+class SettingError(ValueError):
+    """A setting cannot be used; the message says why. Scripts exit with status 2."""
+
+
+def require(condition: bool, sentence: str) -> None:
+    """SettingError with this sentence unless the condition holds."""
     if not condition:
-        raise ValueError(sentence)
+        raise SettingError(sentence)
 
 
 def _require_within(config: object, name: str, least: float, most: float) -> None:
-    _require(least <= getattr(config, name) <= most, f"{name} must lie in [{least}, {most}], not {getattr(config, name)}")
+    value = getattr(config, name)
+    require(least <= value <= most, f"{name} must lie in [{least}, {most}], not {value}")
 
 
 def _check_types(config: object) -> None:
-    """Check types and choices of all fields: their values come from files too. An int may stand for a float."""
+    """Types and choices of all fields, whose values come from files too. Ints serve as floats."""
     for f in fields(config):
         value, choices = getattr(config, f.name), f.metadata.get("choices")
-        _require(choices is None or value in choices, f"{f.name} must be one of {choices}, not {value!r}")
-        _require(type(value) is f.type or (f.type is float and type(value) is int),
-                 f"{f.name} must be of type {f.type.__name__}, not {value!r}")
+        require(choices is None or value in choices,
+                f"{f.name} must be one of {choices}, not {value!r}")
+        require(type(value) is f.type or (f.type is float and type(value) is int),
+                f"{f.name} must be of type {f.type.__name__}, not {value!r}")
 
 
-PAPER = {  # DiT Table 1, on latents of 32 x 32 x 4 and the 1000 classes of ImageNet; the name ends with the patch size
-    f"DiT-{size}/{patch}": ModelConfig(image_size=32, patch_size=patch, in_channels=4, hidden_size=width, depth=depth,
-                                       num_heads=heads, num_classes=1000, learn_sigma=True, label_init_std=0.02,
-                                       time_init_std=0.02)
-    for size, depth, width, heads in (("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16), ("XL", 28, 1152, 16))
-    for patch in (8, 4, 2)
-}
-FAMILY = {  # Table 1 for MNIST: widths divided by about 12, depths by 4; heads 16 wide. B/4 is the default.
-    f"{size}/{patch}": ModelConfig(patch_size=patch, hidden_size=width, depth=depth, num_heads=heads)
-    for size, depth, width, heads in (("S", 3, 32, 2), ("B", 3, 64, 4), ("L", 6, 80, 5), ("XL", 7, 96, 6))
-    for patch in (7, 4, 2)
-}
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+PAPER = {  # DiT Table 1, depth, D and heads, for latents of 32 x 32 x 4 and ImageNet's classes
+    f"DiT-{size}/{patch}": ModelConfig(
+        image_size=32, patch_size=patch, in_channels=4, hidden_size=D, depth=depth,
+        num_heads=heads, num_classes=1000, learn_sigma=True, label_init_std=0.02,
+        time_init_std=0.02)
+    for size, (depth, D, heads) in SIZES.items() for patch in (8, 4, 2)}
+SMALL = {"S": (3, 32, 2), "B": (3, 64, 4), "L": (6, 80, 5), "XL": (7, 96, 6)}
+FAMILY = {  # Table 1 for MNIST: widths divided by about 12, depths by 4. B/4 is the default.
+    f"{size}/{patch}": ModelConfig(patch_size=patch, hidden_size=D, depth=depth, num_heads=heads)
+    for size, (depth, D, heads) in SMALL.items() for patch in (7, 4, 2)}

@@ -33,42 +33,39 @@ class Digits:
         return self.images[index].float() / 127.5 - 1, self.labels[index]
 
     def batch_indices(self, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """The indices of one epoch in a new random order, (batch_size,) at a time; an incomplete last batch is dropped."""
+        """An epoch's indices in random order, (batch_size,) at a time; what is left is dropped."""
         order = torch.randperm(len(self), generator=generator).to(self.labels.device)
         for start in range(0, len(self) - batch_size + 1, batch_size):
             yield order[start:start + batch_size]
 
 
-def load_mnist(train: bool, data_dir: str | Path = "mnist", device: str | torch.device = "cpu", limit: int = 0,
-               image_size: int = 28) -> Digits:
-    """The 60,000 training or 10,000 test images, or the first `limit` of them, padded with black to image_size.
+def load_mnist(train: bool, data_dir: str | Path = "mnist", device: str | torch.device = "cpu",
+               limit: int = 0, image_size: int = 28) -> Digits:
+    """The 60,000 training or 10,000 test images, or `limit` of them, with a black border.
 
-    They are read from the canonical archives in data_dir/MNIST/raw/; nothing is written. DataError if one is damaged.
+    They are read from the canonical archives in data_dir/MNIST/raw/; nothing is written. DataError
+    if one is missing or damaged.
     """
     raw = Path(data_dir) / "MNIST" / "raw"
-    images, labels = (_read(raw / name, md5) for name, md5 in (MNIST.resources[:2] if train else MNIST.resources[2:]))
+    archives = MNIST.resources[:2] if train else MNIST.resources[2:]
+    images, labels = (_read(raw / name, md5) for name, md5 in archives)
     count = limit or len(labels)
     pixels = F.pad(images[:count, None], [(image_size - 28) // 2] * 4)
     return Digits(pixels.to(device), labels[:count].long().to(device))
 
 
 def _read(archive: Path, md5: str) -> Tensor:
-    """The uint8 values of a gzipped IDX file, in the shape that it gives. DataError unless it has this MD5."""
+    """The values of a gzipped IDX file, uint8, in its shape. DataError unless it has this MD5."""
     try:
-        if archive.exists() and not archive.is_file():
-            raise DataError(f"{archive} is not a file; {_remedy(archive)}")
-        with archive.open("rb") as file:
-            packed = file.read(2**24)  # the largest archive is 10 MB
-    except FileNotFoundError:
-        unpacked = archive.with_suffix("")
-        instead = f" ({unpacked.name} is there, but only the .gz archives are read)" if unpacked.exists() else ""
-        raise DataError(f"{archive} is missing{instead}; {_remedy(archive)}") from None
+        packed = archive.read_bytes()
     except OSError as error:
-        raise DataError(f"{archive} cannot be read ({error.strerror or error}); {_remedy(archive)}") from error
+        reason = error.strerror or error
+        raise DataError(f"{archive} cannot be read ({reason}); {_remedy(archive)}") from error
     if hashlib.md5(packed, usedforsecurity=False).hexdigest() != md5:
-        raise DataError(f"{archive} is damaged or another file (its MD5 is not {md5}); {_remedy(archive)}")
+        raise DataError(f"{archive} is damaged, its MD5 is not {md5}; {_remedy(archive)}")
     content = bytearray(gzip.decompress(packed))
-    dimensions = content[3]  # IDX: two zeros, the type, the number of dimensions; each of them as 4 bytes; the values
+    # IDX: two zeros, the type, the number of dimensions; each of them in 4 bytes; the values
+    dimensions = content[3]
     shape = [int.from_bytes(content[at:at + 4], "big") for at in range(4, 4 + 4 * dimensions, 4)]
     return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
@@ -76,4 +73,4 @@ def _read(archive: Path, md5: str) -> Tensor:
 def _remedy(archive: Path) -> str:
     if Path(os.path.realpath(archive)).is_relative_to(OWN) and (OWN.parent / ".git").exists():
         return f"`git checkout -- mnist` in {OWN.parent} restores it"
-    return f"download it from {MNIST.mirrors[0]}{archive.name}, or name another directory with --data-dir"
+    return f"download it from {MNIST.mirrors[0]}{archive.name}, or choose another --data-dir"

@@ -1,6 +1,6 @@
-"""The Diffusion Transformer: patchify, blocks, final layer, unpatchify (DiT section 3.2 and Figure 3).
+"""The Diffusion Transformer: patchify, blocks, final layer, unpatchify (DiT section 3.2, Figure 3).
 
-With adaLN-Zero, names and shapes of the parameters are those of the paper's released checkpoints.
+With adaLN-Zero, parameters have the names and shapes of the paper's released checkpoints.
 """
 
 import math
@@ -13,32 +13,31 @@ from config import ModelConfig
 from dit_block import AdaLNBlock, CrossAttentionBlock, DiTBlock, InContextBlock, modulate
 from time_emb import TimestepEmbedder
 
-DESIGNS = {"in-context": InContextBlock, "cross-attention": CrossAttentionBlock, "adaLN": AdaLNBlock,
-           "adaLN-Zero": DiTBlock}
+DESIGNS = {"in-context": InContextBlock, "cross-attention": CrossAttentionBlock,
+           "adaLN": AdaLNBlock, "adaLN-Zero": DiTBlock}
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut images into squares, row by row (DiT Figure 4). (N, C, H, W) -> (N, L, p*p*C), the channel last in a patch."""
-    N, C, H, W = images.shape
-    p = patch_size
-    patches = images.reshape(N, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)  # (N, H/p, W/p, p, p, C)
+    """Squares, row by row (DiT Figure 4), channel last. (N, C, H, W) -> (N, L, p*p*C)."""
+    (N, C, H, W), p = images.shape, patch_size
+    patches = images.reshape(N, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)
     return patches.reshape(N, (H // p) * (W // p), p * p * C)
 
 
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
-    """The inverse of `patchify` for square images. (N, L, p*p*C) -> (N, C, H, W) with H = W = p * sqrt(L)."""
+    """The inverse of `patchify`: (N, L, p*p*C) -> (N, C, H, W) with H = W = p * sqrt(L)."""
     N, L, patch_values = patches.shape
     p, side = patch_size, math.isqrt(L)
-    C = patch_values // (p * p)
-    images = patches.reshape(N, side, side, p, p, C).permute(0, 5, 1, 3, 2, 4)  # (N, C, side, p, side, p)
+    C = patch_values // p**2
+    images = patches.reshape(N, side, side, p, p, C).permute(0, 5, 1, 3, 2, 4)
     return images.reshape(N, C, side * p, side * p)
 
 
 def position_table(hidden_size: int, side: int) -> Tensor:
-    """Fixed 2-D sine-cosine embedding of the patches of a side x side grid (as in MAE, He et al. 2021). (side^2, D).
+    """Fixed 2-D sine-cosine embedding of a side x side grid (MAE, He et al. 2021). (side^2, D).
 
-    The first half of the channels encodes the column, the second half the row; each half is sines, then cosines,
-    with omega_i = 10000^(-i / (D/4)).
+    The first half of the channels encodes the column, the second half the row; each half is sines,
+    then cosines, with omega_i = 10000^(-i / (D/4)).
     """
     quarter = hidden_size // 4
     omega = 10_000 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -52,7 +51,7 @@ def position_table(hidden_size: int, side: int) -> Tensor:
 class PatchEmbed(nn.Module):
     """One linear map for all patches. (N, C, H, W) -> (N, L, D).
 
-    `proj` is stored as the strided convolution of released checkpoints, and applied as the equivalent matrix product.
+    `proj` is the strided convolution of released checkpoints, applied as an equal matrix product.
     """
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
@@ -61,12 +60,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, C, p, p) -> (D, p*p*C), as patchify orders them
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C), in patchify's order
         return F.linear(patchify(images, self.patch_size), weight, self.proj.bias)
 
 
 class LabelEmbedder(nn.Module):
-    """y: (N,) ints in [0, num_classes] -> (N, D). Row `num_classes` is the null class of classifier-free guidance."""
+    """y: (N,) ints in [0, num_classes] -> (N, D). Row `num_classes` is guidance's null class."""
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
         super().__init__()
@@ -75,10 +74,9 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
     def drop(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Labels for training: each is replaced by the null class with `dropout_prob` (CFG Algorithm 1, line 3).
+        """Labels, each replaced by the null class with `dropout_prob` (CFG Algorithm 1, line 3).
 
-        The paper's code does this in forward(). Here it is a step of the training loop, which draws for the whole batch
-        even when several processes share it. generator: on the device of y; torch's global one by default.
+        generator: on y's device. The paper's code does this in forward(), here train.py does.
         """
         dropped = torch.rand(y.shape, generator=generator, device=y.device) < self.dropout_prob
         return torch.where(dropped, self.null_class, y)
@@ -88,9 +86,9 @@ class LabelEmbedder(nn.Module):
 
 
 class PlainFinalLayer(nn.Module):
-    """LayerNorm, then a linear map to the values of a patch; c is not used. x: (N, L, D) -> (N, L, p*p*C_out).
+    """LayerNorm and a linear map to the values of a patch. x: (N, L, D) -> (N, L, p*p*C_out).
 
-    For the two designs whose condition is tokens: the final LayerNorm is "adaptive if using adaLN" (DiT section 3.2).
+    For in-context and cross-attention; c is not used, "adaptive if using adaLN" (DiT section 3.2).
     """
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
@@ -103,7 +101,7 @@ class PlainFinalLayer(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The final layer of adaLN and adaLN-Zero: c modulates its LayerNorm. x: (N, L, D), c: (N, D) -> (N, L, p*p*C_out)."""
+    """That of adaLN and adaLN-Zero: c modulates. x: (N, L, D), c: (N, D) -> (N, L, p*p*C_out)."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
@@ -117,7 +115,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """eps_theta(x_t, t, y), the noise predictor. initialize=False skips the initial values, for weights loaded later."""
+    """eps_theta(x_t, t, y), the noise predictor. initialize=False: its weights are loaded later."""
 
     def __init__(self, config: ModelConfig, initialize: bool = True):
         super().__init__()
@@ -126,16 +124,18 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(p, config.in_channels, D)
         self.t_embedder = TimestepEmbedder(D)
         self.y_embedder = LabelEmbedder(config.num_classes, D, config.class_dropout_prob)
-        self.register_buffer("pos_embed", torch.empty(1, (config.image_size // p) ** 2, D))  # (1, L, D), not trained
+        self.register_buffer("pos_embed", torch.empty(1, (config.image_size // p) ** 2, D))
         design = DESIGNS[config.block]
         self.adaptive = design.adaptive
-        self.blocks = nn.ModuleList(design(D, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
-        self.final_layer = (FinalLayer if self.adaptive else PlainFinalLayer)(D, p, config.out_channels)
+        self.blocks = nn.ModuleList(design(D, config.num_heads, config.mlp_ratio)
+                                    for _ in range(config.depth))
+        final_layer = FinalLayer if self.adaptive else PlainFinalLayer
+        self.final_layer = final_layer(D, p, config.out_channels)
         if initialize:
             self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Every initial value (DiT section 3.2, "adaLN-Zero block", section 4, "Training", and the paper's code).
+        """Every initial value (DiT section 3.2, "adaLN-Zero block"; section 4; the paper's code).
 
         LayerNorms keep torch's scale of 1 and shift of 0.
         """
@@ -143,26 +143,25 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: initialised like a Linear
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: like a Linear
         nn.init.zeros_(self.x_embedder.proj.bias)
-        self.pos_embed.copy_(position_table(self.config.hidden_size, self.config.image_size // self.config.patch_size))
+        side = self.config.image_size // self.config.patch_size
+        self.pos_embed.copy_(position_table(self.config.hidden_size, side))
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=self.config.label_init_std)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=self.config.time_init_std)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=self.config.time_init_std)
-        # Zero gates make each adaLN-Zero block the identity; the zero final layer makes the first prediction exactly 0. The
-        # paper's code zeroes shift and scale too, so that all LayerNorms start plain.
-        for layer in self.modules():
-            if isinstance(layer, DiTBlock | FinalLayer):
-                nn.init.zeros_(layer.adaLN_modulation[1].weight)
-                nn.init.zeros_(layer.adaLN_modulation[1].bias)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
+        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(linear.weight, std=self.config.time_init_std)
+        # Zero gates make each adaLN-Zero block the identity; the zero final layer makes the first
+        # prediction exactly 0. The paper's code zeroes shift and scale too.
+        modulated = [m for m in self.modules() if isinstance(m, DiTBlock | FinalLayer)]
+        for linear in (*(m.adaLN_modulation[1] for m in modulated), self.final_layer.linear):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x_t: (N, C, H, W); t: (N,) ints in [0, T); y: (N,) ints in [0, num_classes] -> (N, C_out, H, W)."""
+        """x_t: (N, C, H, W); t: (N,) in [0, T); y: (N,) in [0, num_classes] -> (N, C_out, H, W)."""
         x = self.x_embedder(x_t) + self.pos_embed  # (N, L, D)
         t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)  # (N, D) each
-        c = t_emb + y_emb if self.adaptive else torch.stack([t_emb, y_emb], dim=1)  # (N, D), or two tokens (N, 2, D)
+        c = t_emb + y_emb if self.adaptive else torch.stack([t_emb, y_emb], dim=1)  # two tokens
         if self.config.block == "in-context":
             x = torch.cat([x, c], dim=1)  # (N, L + 2, D)
         for block in self.blocks:

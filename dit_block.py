@@ -1,7 +1,7 @@
-"""The four block designs of DiT section 3.2, which differ in how the timestep t and the label y reach the tokens.
+"""The four block designs of DiT section 3.2: how the timestep t and the label y reach the tokens.
 
-They are in the paper's order: in-context, cross-attention, adaLN, adaLN-Zero. Figure 3, which leaves out plain adaLN,
-calls shift, scale and gate beta, gamma and alpha; here beta and alpha belong to the schedule.
+They are in the paper's order: in-context, cross-attention, adaLN, adaLN-Zero. Figure 3, which
+leaves out plain adaLN, calls shift, scale and gate beta, gamma and alpha: the schedule's names.
 Shapes: N images, L tokens per image, D the width of a token.
 """
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, so that zeros change nothing. x: (N, L, D); shift, scale: (N, D), one for all tokens."""
+    """x * (1 + scale) + shift: zeros change nothing. x: (N, L, D); shift, scale: (N, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V, the heads concatenated. q: (N, heads, L, d); k, v: (N, heads, M, d) -> (N, L, D)."""
+    """softmax(Q K^T / sqrt(d)) V. q: (N, heads, L, d); k, v: (N, heads, M, d) -> (N, L, D)."""
     # Written out because F.scaled_dot_product_attention would hide the formula.
     weights = ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1)  # (N, heads, L, M)
     return (weights @ v).transpose(1, 2).flatten(2)
@@ -31,12 +31,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         N, L, D = x.shape
-        q, k, v = self.qkv(x).reshape(N, L, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).reshape(N, L, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         return self.proj(attend(q, k, v))
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of the tokens to a second sequence. x: (N, L, D), sequence: (N, M, D) -> (N, L, D)."""
+    """Multi-head attention to a second sequence. x: (N, L, D), sequence: (N, M, D) -> (N, L, D)."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -48,12 +49,13 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, sequence: Tensor) -> Tensor:
         (N, L, D), M = x.shape, sequence.shape[1]
         q = self.q(x).reshape(N, L, self.num_heads, D // self.num_heads).transpose(1, 2)
-        k, v = self.kv(sequence).reshape(N, M, 2, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        kv = self.kv(sequence).reshape(N, M, 2, self.num_heads, D // self.num_heads)
+        k, v = kv.permute(2, 0, 3, 1, 4)
         return self.proj(attend(q, k, v))
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (tanh form, DiT appendix A), Linear, applied to each token separately. (N, L, D) -> (N, L, D)."""
+    """Linear, GELU (tanh form, DiT appendix A), Linear, for each token. (N, L, D) -> (N, L, D)."""
 
     def __init__(self, hidden_size: int, mlp_size: int):
         super().__init__()
@@ -66,10 +68,10 @@ class Mlp(nn.Module):
 
 
 class InContextBlock(nn.Module):
-    """A standard ViT block (DiT section 3.2, "In-context conditioning"). x: (N, L + 2, D) -> (N, L + 2, D).
+    """A standard ViT block (DiT section 3.2, "In-context conditioning"). (N, L + 2, D) -> the same.
 
-    t and y are the last two tokens: `DiT.forward` appends them, and removes them after the last block. The block itself
-    ignores c.
+    t and y are the last two tokens: `DiT.forward` appends them, and removes them after the last
+    block. The block itself ignores c.
     """
 
     adaptive = False  # t and y reach it as tokens
@@ -88,7 +90,7 @@ class InContextBlock(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
-    """A ViT block with attention to t and y in its middle (DiT section 3.2, "Cross-attention block").
+    """A ViT block that also attends to t and y (DiT section 3.2, "Cross-attention block").
 
     x: (N, L, D); c: (N, 2, D), the sequence of the two tokens t and y -> (N, L, D).
     """
@@ -112,7 +114,7 @@ class CrossAttentionBlock(nn.Module):
 
 
 class AdaLNBlock(nn.Module):
-    """LayerNorms whose shift and scale are regressed from c = t + y (DiT section 3.2, "Adaptive layer norm block").
+    """Shift and scale of LayerNorms are regressed from c = t + y (DiT section 3.2, "adaLN block").
 
     x: (N, L, D), c: (N, D) -> (N, L, D).
     """
@@ -135,9 +137,10 @@ class AdaLNBlock(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """adaLN with a gate on each branch as well (DiT section 3.2, "adaLN-Zero block"). x: (N, L, D), c: (N, D) -> (N, L, D).
+    """adaLN with a gate on each branch as well (DiT section 3.2, "adaLN-Zero block").
 
-    `DiT.initialize_weights` sets adaLN_modulation to zero: all gates are 0 and a new block is the identity.
+    x: (N, L, D), c: (N, D) -> (N, L, D). `DiT.initialize_weights` sets adaLN_modulation to zero:
+    all gates are 0, and a new block is the identity.
     """
 
     adaptive = True  # t and y reach it as c, the sum of their embeddings
@@ -151,7 +154,8 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         x = x + gate_attn[:, None] * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
         x = x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
         return x

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from config import GUIDANCE, MNIST_TEST_IMAGES, T
+from config import GUIDANCE, MNIST_TEST_IMAGES, T, require
 from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion, noise
 from dit import DiT
-from inference import add_sampling_options, check_sampling_options, generate, load_sampling_model
+from inference import add_sampling_options, generate, open_checkpoint
 from runtime.checkpoint import CheckpointError, check_weights, load_checkpoint
-from runtime.files import PROJECT, check_files, here_or_in_project, write_atomically
+from runtime.files import PROJECT, here_or_in_project, write_atomically
 from runtime.fused import fused
 from runtime.script import exit_status, run_script
 from runtime.speed import keep_freed_memory, records
@@ -180,21 +180,19 @@ def nll_bound(model: DiT, digits: Digits, diffusion: GaussianDiffusion, seed: in
 
 
 def measure(args: argparse.Namespace) -> None:
-    """What the command line asks for. CheckpointError, DataError or OSError with a sentence."""
+    """What the command line asks for. CheckpointError, DataError, OSError or SettingError."""
+    require(100 <= args.n <= 20_000, f"n must lie in [100, 20000], not {args.n}")
+    require(0 <= args.bpd <= MNIST_TEST_IMAGES, f"bpd must lie in [0, 10000], not {args.bpd}")
     folder = here_or_in_project(args.data_dir)
-    check_files([args.json], [CLASSIFIER, *folder.glob("MNIST/raw/*")])
-    diffusion, classifier = GaussianDiffusion(device=args.device), load_classifier(args.device)
-    model = load_sampling_model(args, diffusion)
+    model, diffusion = open_checkpoint(args, [args.json], [CLASSIFIER, *folder.glob("MNIST/raw/*")])
+    classifier = load_classifier(args.device)
     train_set, test_set = (load_mnist(train, folder, args.device) for train in (True, False))
     rows = {"source": f"{args.checkpoint}: {args.n:,} images, {args.sampler}, {args.steps} steps, "
                       f"eta {args.eta:g}, seed {args.seed}"}
-    try:
-        for guidance in args.strengths:
-            samples = sample_images(model, args.n, args.seed, sampler=args.sampler, eta=args.eta,
-                                    steps=args.steps, guidance=guidance, diffusion=diffusion)
-            rows[f"guidance {guidance:g}"] = evaluate(*samples, classifier, train_set, test_set)
-    except (FloatingPointError, ValueError) as error:
-        raise CheckpointError(f"{args.checkpoint} cannot be measured: {error}") from error
+    for guidance in args.guidance:
+        samples = sample_images(model, args.n, args.seed, sampler=args.sampler, eta=args.eta,
+                                steps=args.steps, guidance=guidance, diffusion=diffusion)
+        rows[f"guidance {guidance:g}"] = evaluate(*samples, classifier, train_set, test_set)
     test_images, real = test_set[:][0], balanced(train_set, samples[1])
     rows["real"] = {"accuracy": accuracy(classifier, *test_set[:]),
                     **distribution_metrics(classifier, test_images, real),
@@ -215,16 +213,13 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--n", type=int, default=10_000, help="images to sample (default: 10000)")
     add_sampling_options(parser)
-    add("--guidance", dest="strengths", type=float, nargs="+", default=[GUIDANCE], metavar="S",
+    add("--guidance", type=float, nargs="+", default=[GUIDANCE], metavar="S",
         help=f"one strength or several; 1 turns guidance off (default: {GUIDANCE:g})")
     add("--data-dir", type=Path, default=Path("mnist"), help="holds MNIST/raw/ (default: mnist)")
     add("--bpd", type=int, nargs="?", const=MNIST_TEST_IMAGES, default=0, metavar="N",
         help="also the NLL bound of N test images (no N: all), unguided, 1000 evaluations each")
     add("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     args = parser.parse_args(argv)
-    for strength in args.strengths:
-        args.guidance = strength
-        check_sampling_options(parser, args, [args.json], n=(100, 20_000), bpd=(0, 10_000))
     keep_freed_memory()
     return exit_status(parser, lambda: measure(args))
 

@@ -1,7 +1,7 @@
 """Muon, the optimizer of the blocks' matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
-The momentum of a matrix is made orthogonal before it is applied, so that a step moves all directions
-equally. q, k and v are one matrix in `Attention`, and they are made orthogonal as one.
+The momentum of a matrix is made orthogonal before it is applied, so that a step moves all
+directions equally. q, k and v are one matrix in `Attention`, and are made orthogonal as one.
 """
 
 from collections.abc import Iterable
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 MOMENTUM = 0.95
-A, B, C = 3.4445, -4.7750, 2.0315  # s -> A s + B s^3 + C s^5, five times, takes s in (0, 1] to about 1
+A, B, C = 3.4445, -4.7750, 2.0315  # five times s -> A s + B s^3 + C s^5: (0, 1] -> about 1
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Newton-Schulz: U V^T for each matrix U S V^T, singular values 0.7 to 1.2. (K, m, n) -> (K, m, n)."""
+    """Newton-Schulz: U V^T for each U S V^T, with singular values of 0.7 to 1.2. (K, m, n)."""
     wide = matrices.shape[1] <= matrices.shape[2]
     X = matrices if wide else matrices.mT
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above 1; 0 stays 0
@@ -39,8 +39,10 @@ class Muon(torch.optim.Optimizer):
                     same_shape.setdefault(matrix.shape, []).append(matrix)
             for shape, matrices in same_shape.items():
                 gradients = [matrix.grad for matrix in matrices]
-                momenta = [self.state[matrix].setdefault("momentum", torch.zeros_like(matrix)) for matrix in matrices]
+                momenta = [self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                           for matrix in matrices]
                 torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
                 updates = torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))  # Nesterov
-                rms = 0.2 * max(shape)**0.5  # an update as large as AdamW's (Liu et al. 2025, arXiv 2502.16982)
-                torch._foreach_sub_(matrices, (group["lr"] * rms * orthogonalized(updates)).unbind())
+                rms = 0.2 * max(shape)**0.5  # as AdamW's (Liu et al. 2025, arXiv 2502.16982)
+                updates = group["lr"] * rms * orthogonalized(updates)
+                torch._foreach_sub_(matrices, updates.unbind())

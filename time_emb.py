@@ -1,4 +1,4 @@
-"""Timestep embedding: a sinusoid of t, then a small MLP (DiT appendix A; the sinusoid is the Transformer's)."""
+"""Timestep embedding: the Transformer's sinusoid of t, then a small MLP (DiT appendix A)."""
 
 import math
 
@@ -7,14 +7,15 @@ from torch import Tensor, nn
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """[cos(t w_0), ..., cos(t w_h-1), sin(t w_0), ..., sin(t w_h-1)] with h = dim / 2 and w_i = 10000^(-i / h).
+    """[cos(t w_0), ..., cos(t w_h-1), sin(t w_0), ...] with h = dim / 2, w_i = 10000^(-i / h).
 
     t: (N,), any real values; returns (N, dim), float32. `dim` is even.
     """
     half = dim // 2
-    omega = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    omega = torch.exp(-math.log(10_000) * i / half)
     angle = t.float()[:, None] * omega
-    # As in the paper's code: all cosines, then all sines. Any order would do, but trained weights depend on it.
+    # As in the paper's code: all cosines, then all sines. Trained weights depend on the order.
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
@@ -24,7 +25,8 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, frequency_size: int = 256):
         super().__init__()
         self.frequency_size = frequency_size
-        self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(),
+                                 nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
         return self.mlp(sinusoid(t, self.frequency_size).to(self.mlp[0].weight.dtype))

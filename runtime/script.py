@@ -10,6 +10,7 @@ from dataclasses import fields
 
 import torch
 
+from config import SettingError
 from dataset import DataError
 from runtime.checkpoint import CheckpointError
 
@@ -71,6 +72,8 @@ def exit_status(parser: argparse.ArgumentParser, work: Callable[[], None]) -> in
         return 128 + stop.args[1]
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except SettingError as error:
+        parser.error(str(error))
     except (CheckpointError, DataError, FloatingPointError, OSError, TrainingError) as error:
         sentence = str(error)
     except (MemoryError, RuntimeError) as error:
@@ -83,7 +86,7 @@ def exit_status(parser: argparse.ArgumentParser, work: Callable[[], None]) -> in
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is a GPU when there is one, else Apple's, else the CPU. ValueError if unusable."""
+    """"auto" is a GPU when there is one, else Apple's, else the CPU. SettingError if unusable."""
     if name == "auto":
         apple = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else apple
@@ -94,4 +97,4 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
+        raise SettingError(f"device {name!r} cannot be used here: {reason}") from error
