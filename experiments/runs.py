@@ -38,6 +38,7 @@ from evaluate import (
 )
 from experiments import rows, study
 from experiments.rows import REAL
+from experiments.starts import started
 from experiments.study import DDIM_STEPS, TABLE, Network, Setting
 from inference import generate
 from runtime.checkpoint import CheckpointError, checksum
@@ -114,7 +115,8 @@ class Worker:
             if ema is None or setting.epoch > cfg.epochs:
                 cfg = replace(cfg, epochs=setting.epoch)  # the rate is constant: a run may grow
                 torch.compiler.reset()  # it would give up on a network that it compiles too often
-                ema = train.train(cfg, resume=RunFiles(cfg).state.exists())
+                with started(network.recipe):
+                    ema = train.train(cfg, resume=RunFiles(cfg).state.exists())
                 if setting.epoch == max(setting.epoch for setting in settings):
                     self.save_strip(network, ema)
             with Path(cfg.checkpoint).with_name("loss.csv").open() as file:

@@ -12,13 +12,15 @@ import torch
 from config import BLOCKS, FAMILY, ModelConfig, TrainConfig
 from dit import DiT
 from experiments.rows import REAL, Rows
+from experiments.starts import STARTS
 from runtime.flops import arithmetic
 
 TABLE = Path(__file__).with_name("results") / "runs.csv"
 RECIPE = TrainConfig(batch_size=64, loss="mse", min_snr=0.3, optimizer="muon", lr=0.004,
                      lr_schedule="constant", ema_decay=0.999, checkpoint_every=250)
 CHANGES = {"muon": {}, "muon-0.002": {"lr": 0.002}, "muon-0.008": {"lr": 0.008},
-           "adamw": {"optimizer": "adamw", "lr": 0.001, "min_snr": 0.0}}  # what differs from RECIPE
+           "adamw": {"optimizer": "adamw", "lr": 0.001, "min_snr": 0.0},
+           **dict.fromkeys(STARTS, {})}  # what differs from RECIPE
 # A row's digest leaves out what has a column of its own and what changes no result.
 NOT_IN_DIGEST = {"model", "block", "predicts", "seed", "epochs", "checkpoint", "checkpoint_every",
                  "data_dir", "device", "compile"}
@@ -107,6 +109,9 @@ def everything() -> Entries:
             *((Network(model, seed=seed), curve) for seed in (1, 2) for model in small),
             *((Network(model), settings) for model in large
               for settings in (curve, sampling(model))),
+            # Zero or gate?
+            *((Network(block="adaLN" if recipe == "muon-zero" else "adaLN-Zero", recipe=recipe,
+                       seed=seed), curve) for seed in (0, 1, 2) for recipe in STARTS),
             # What should a narrow token predict?
             *((Network(model, seed=seed, predicts=predicts), ends) for seed in (0, 1, 2)
               for model in small for predicts in ("x_0", "v")),
