@@ -11,7 +11,7 @@ from torch import nn
 
 from config import FAMILY, ModelConfig
 from dit import DiT
-from dit_block import AdaLNBlock, DiTBlock
+from dit_block import AdaLNBlock
 from runtime import fused as fused_module
 from runtime.fused import fused, library
 from runtime.fused.library import block_library
