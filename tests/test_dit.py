@@ -13,101 +13,85 @@ from config import BLOCKS, FAMILY, PAPER, ModelConfig
 from dit import DiT, PatchEmbed, patchify, position_table, unpatchify
 
 
-def reference_table(D: int, depth: int, tokens: int, patch: int, channels: int, out_channels: int, classes: int) -> dict:
+def released_shapes(D, depth, tokens, patch, channels, out_channels, classes) -> dict:
     """Names and shapes in a checkpoint of the paper's release."""
-    linears = {"t_embedder.mlp.0": (D, 256), "t_embedder.mlp.2": (D, D), "final_layer.linear": (patch**2 * out_channels, D),
-               "final_layer.adaLN_modulation.1": (2 * D, D), "x_embedder.proj": (D, channels, patch, patch)}
+    linears = {
+        "t_embedder.mlp.0": (D, 256), "t_embedder.mlp.2": (D, D),
+        "final_layer.linear": (patch**2 * out_channels, D),
+        "final_layer.adaLN_modulation.1": (2 * D, D),
+        "x_embedder.proj": (D, channels, patch, patch)}
     for i in range(depth):
-        linears |= {f"blocks.{i}.attn.qkv": (3 * D, D), f"blocks.{i}.attn.proj": (D, D), f"blocks.{i}.mlp.fc1": (4 * D, D),
-                    f"blocks.{i}.mlp.fc2": (D, 4 * D), f"blocks.{i}.adaLN_modulation.1": (6 * D, D)}
+        linears |= {f"blocks.{i}.{name}": shape for name, shape in {
+            "attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D),
+            "mlp.fc2": (D, 4 * D), "adaLN_modulation.1": (6 * D, D)}.items()}
     return {"pos_embed": (1, tokens, D), "y_embedder.embedding_table.weight": (classes + 1, D),
             **{f"{name}.weight": shape for name, shape in linears.items()},
             **{f"{name}.bias": shape[:1] for name, shape in linears.items()}}
 
 
 def inputs(config: ModelConfig, N: int = 4):
-    generator = torch.Generator().manual_seed(1)
-    x_t = torch.randn(N, config.in_channels, config.image_size, config.image_size, generator=generator)
-    return x_t, torch.randint(1000, (N,), generator=generator), torch.arange(N) % (config.num_classes + 1)
+    generator, side = torch.Generator().manual_seed(1), config.image_size
+    x_t = torch.randn(N, config.in_channels, side, side, generator=generator)
+    t = torch.randint(1000, (N,), generator=generator)
+    return x_t, t, torch.arange(N) % (config.num_classes + 1)
 
 
 def count_and_flops(config: ModelConfig) -> tuple[int, float]:
     """Trainable parameters, and multiply-adds of the forward pass for one image."""
     with torch.device("meta"):
-        model = DiT(config)
-        x_t, t, y = torch.empty(1, config.in_channels, *2 * [config.image_size]), torch.zeros(1), torch.zeros(1).long()
+        model = DiT(config, initialize=False)
+        x_t = torch.empty(1, config.in_channels, config.image_size, config.image_size)
         with FlopCounterMode(display=False) as counter:
-            model(x_t, t, y)
+            model(x_t, torch.zeros(1), torch.zeros(1).long())
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2
 
 
 # Names, shapes, counts
 
 @pytest.mark.parametrize(("config", "sizes"), [
-    (ModelConfig(), (64, 3, 49, 4, 1, 1, 10)), (PAPER["DiT-XL/2"], (1152, 28, 256, 2, 4, 8, 1000))], ids=["MNIST", "XL/2"])
+    (ModelConfig(), (64, 3, 49, 4, 1, 1, 10)),
+    (PAPER["DiT-XL/2"], (1152, 28, 256, 2, 4, 8, 1000))], ids=["MNIST", "XL/2"])
 def test_a_checkpoint_of_the_papers_release_loads(config, sizes):
     with torch.device("meta"):
-        model = DiT(config)
-        checkpoint = {name: torch.empty(shape) for name, shape in reference_table(*sizes).items()}
-    model.load_state_dict(checkpoint, strict=True)
-    assert [name for name, _ in model.named_buffers()] == ["pos_embed"]
+        shapes = released_shapes(*sizes)
+        checkpoint = {name: torch.empty(shape) for name, shape in shapes.items()}
+        DiT(config).load_state_dict(checkpoint, strict=True)
 
 
 @pytest.mark.parametrize(("name", "block", "parameters", "gflops"), [
     ("S/2", "adaLN-Zero", 32_865_056, 6.06), ("B/2", "adaLN-Zero", 130_315_808, 23.01),
     ("L/2", "adaLN-Zero", 457_840_672, 80.71), ("XL/2", "adaLN-Zero", 674_834_720, 118.64),
-    ("XL/8", "adaLN-Zero", 675_664_640, None), ("XL/2", "in-context", 449e6, 119.37),
-    ("XL/2", "cross-attention", 598e6, 137.62), ("XL/2", "adaLN", 600e6, 118.56)])
+    ("XL/2", "in-context", 449e6, 119.37), ("XL/2", "cross-attention", 598e6, 137.62),
+    ("XL/2", "adaLN", 600e6, 118.56)])
 def test_the_papers_networks_have_their_size_and_arithmetic(name, block, parameters, gflops):
-    """DiT Table 4: multiply-adds, and parameters in millions; the exact numbers are those of the paper's release."""
+    """DiT Table 4; the exact numbers of parameters are those of the paper's release."""
     found, flops = count_and_flops(replace(PAPER[f"DiT-{name}"], block=block))
-    assert found == (parameters if block == "adaLN-Zero" else pytest.approx(parameters, rel=0.001))
-    assert gflops is None or flops / 1e9 == pytest.approx(gflops, rel=0.001)
+    assert found == pytest.approx(parameters, rel=0 if block == "adaLN-Zero" else 0.001)
+    assert flops / 1e9 == pytest.approx(gflops, rel=0.001)
 
 
 def test_the_family_spans_the_papers_range_and_holds_the_default_network():
-    flops = {name: count_and_flops(config)[1] for name, config in FAMILY.items()}
-    least, most = min(flops, key=flops.get), max(flops, key=flops.get)
-    assert (least, most, len(flops)) == ("S/7", "XL/2", 12)
-    assert (flops[least], flops[most]) == pytest.approx((0.72e6, 204e6), rel=0.002)
+    flops = [count_and_flops(FAMILY[name])[1] for name in ("S/7", "XL/2")]
+    assert flops == pytest.approx([0.72e6, 204e6], rel=0.002)
     assert FAMILY["B/4"] == ModelConfig() and count_and_flops(ModelConfig())[0] == 255_824
 
-
-# Sizes
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"patch_size": 5}, "patch_size 5 does not divide image_size 28"),
     ({"num_heads": 3}, "num_heads 3 does not divide hidden_size 64"),
     ({"hidden_size": 66, "num_heads": 2}, "hidden_size 66 is not a multiple of 4"),
-    ({"depth": 0}, "depth"), ({"patch_size": 0}, "patch_size"), ({"class_dropout_prob": 1.5}, "class_dropout_prob"),
-    ({"mlp_ratio": math.nan}, "mlp_ratio"), ({"hidden_size": 196, "mlp_ratio": 1 / 196}, "no hidden unit"),
-    ({"label_init_std": -1.0}, "label_init_std"), ({"block": "adaln"}, "block"),
-])
+    ({"depth": 0}, "depth"), ({"mlp_ratio": math.nan}, "mlp_ratio"), ({"block": "adaln"}, "block")])
 def test_what_does_not_divide_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
         ModelConfig(**change)
 
 
-@pytest.mark.parametrize("change", [
-    {}, {"image_size": 32, "patch_size": 2, "in_channels": 3}, {"image_size": 9, "patch_size": 9, "num_classes": 1},
-    {"image_size": 6, "patch_size": 1, "learn_sigma": True}, {"hidden_size": 12, "num_heads": 3, "mlp_ratio": 0.5},
-])
-@pytest.mark.parametrize("block", BLOCKS)
-def test_any_size_that_divides_works(block, change):
-    config = ModelConfig(block=block, **change)
-    x, t, y = inputs(config, 2)
-    out = DiT(config)(x, t, y)
-    assert out.shape == (2, config.in_channels * (2 if config.learn_sigma else 1), config.image_size, config.image_size)
-
-
 # Initial values
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a_new_network_returns_exactly_zero_and_only_adaln_zero_blocks_are_the_identity(block):
+def test_a_new_network_returns_zero_and_only_adaln_zero_blocks_are_the_identity(block):
     model = DiT(ModelConfig(block=block))
-    for t in (0, 1, 500, 999):
-        x, _, y = inputs(model.config, 11)
-        assert torch.equal(model(x, torch.full((11,), t), y), torch.zeros(11, 1, 28, 28))
+    assert torch.equal(model(*inputs(model.config, 11)), torch.zeros(11, 1, 28, 28))
     tokens, c = torch.randn(2, 49, 64), torch.randn((2, 64) if model.adaptive else (2, 2, 64))
     for layer in model.blocks:
         assert torch.equal(layer(tokens, c), tokens) == (block == "adaLN-Zero")
@@ -117,32 +101,34 @@ def test_a_new_network_returns_exactly_zero_and_only_adaln_zero_blocks_are_the_i
 def test_all_initial_values(block):
     """Zeros and ones are exact; a uniform fills its bound; a normal has its deviation."""
     torch.manual_seed(0)
-    config = ModelConfig(block=block, label_init_std=0.5, time_init_std=0.02, num_classes=1000)  # enough rows to measure
+    config = ModelConfig(block=block, label_init_std=0.5, time_init_std=0.02,
+                         num_classes=1000)  # enough rows to measure
     zero = ("final_layer.linear", "final_layer.adaLN_modulation")
     for name, value in DiT(config).named_parameters():
-        if name.endswith("bias") or name.startswith(zero) or (block == "adaLN-Zero" and "adaLN_modulation" in name):
+        gates = block == "adaLN-Zero" and "adaLN_modulation" in name
+        if name.endswith("bias") or name.startswith(zero) or gates:
             assert torch.equal(value, torch.zeros_like(value)), name
         elif "norm" in name:
             assert torch.equal(value, torch.ones_like(value)), name
         elif "embedding_table" in name or name.startswith("t_embedder"):
-            std = config.time_init_std if name.startswith("t_") else config.label_init_std
+            std = 0.02 if name.startswith("t_") else 0.5
             assert value.std().item() == pytest.approx(std, rel=0.05), name
             assert value.abs().max() > 2.5 * std, name  # no uniform has such tails
         else:  # xavier-uniform; the patch convolution counts as a Linear with p * p * C inputs
             bound = math.sqrt(6 / (value.shape[0] + value[0].numel()))
-            assert value.abs().max() <= bound and value.abs().max() > 0.99 * bound, name
+            assert 0.99 * bound < value.abs().max() <= bound, name
             assert value.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05), name
 
 
 # Patches and positions
 
 def test_patches_run_row_by_row_with_the_channel_last():
-    images = torch.randn(2, 3, 20, 20)  # random, so neither symmetric nor the same in two channels
+    images = torch.randn(2, 3, 20, 20)
     patches = patchify(images, 5)
     for row in range(4):
         for column in range(4):
             cut = images[:, :, 5 * row:5 * row + 5, 5 * column:5 * column + 5]  # (N, C, p, p)
-            assert torch.equal(patches[:, 4 * row + column], torch.stack([*cut.unbind(1)], dim=-1).flatten(1))
+            assert torch.equal(patches[:, 4 * row + column], cut.movedim(1, -1).flatten(1))
     assert torch.equal(unpatchify(patches, 5), images)
 
 
@@ -160,41 +146,35 @@ def test_position_table_against_a_loop():
         for column in range(side):
             for half, position in ((0, column), (D // 2, row)):
                 for i in range(D // 4):
-                    omega = 10_000 ** (-i / (D / 4))
-                    expected[row * side + column, half + i] = np.sin(position * omega)
-                    expected[row * side + column, half + D // 4 + i] = np.cos(position * omega)
-    model = DiT(ModelConfig())
+                    angle = position * 10_000 ** (-i / (D / 4))
+                    expected[row * side + column, half + i] = np.sin(angle)
+                    expected[row * side + column, half + D // 4 + i] = np.cos(angle)
+    pos_embed = DiT(ModelConfig()).pos_embed
     np.testing.assert_allclose(position_table(D, side).numpy(), expected, atol=1e-6)
-    assert torch.equal(model.pos_embed[0], position_table(D, side)) and not model.pos_embed.requires_grad
+    assert torch.equal(pos_embed[0], position_table(D, side)) and not pos_embed.requires_grad
 
 
 # What the output depends on
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_every_patch_of_an_image_depends_on_its_own_label_time_and_pixels_alone(block, small_config):
+def test_a_patch_depends_on_its_own_images_label_time_and_pixels_alone(block, small_config):
     model = random_network(replace(small_config, block=block))
     x_t, t, y = inputs(model.config)
     corner = x_t.clone()
     corner[1, :, :3, :3] += 1
-    out = model(x_t, t, y)
-    second = torch.arange(4) == 1
+    out, second = model(x_t, t, y), torch.arange(4) == 1
     for changed in ((corner, t, y), (x_t, t.where(~second, 7), y), (x_t, t, y.where(~second, 4))):
         difference = patchify((model(*changed) - out).abs(), 3).amax(dim=2)  # (N, L)
         assert difference[second].min() > 1e-6 > difference[~second].max()
-    order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(model(x_t[order], t[order], y[order]), out[order])
 
 
 def test_labels_are_dropped_with_the_configs_probability(small_config):
-    """To the null class, which has the row after the last label's; with numbers from the generator alone."""
+    """To the null class, the row after the last label's; with numbers of the generator alone."""
     embedder, y = DiT(small_config).y_embedder, torch.arange(50_000) % 5
-    before = torch.get_rng_state()
-    kept, again, other = (embedder.drop(y, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
-    assert torch.equal(kept, again) and not torch.equal(kept, other) and torch.equal(torch.get_rng_state(), before)
+    kept, again = (embedder.drop(y, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(kept, again)
     assert set(kept[kept != y].tolist()) == {5} == {embedder.null_class}
-    assert (kept == 5).float().mean().item() == pytest.approx(small_config.class_dropout_prob, abs=0.01)
+    assert (kept == 5).float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert torch.equal(embedder(torch.tensor([5])), embedder.embedding_table.weight[-1:])
     with pytest.raises(IndexError):
         embedder(torch.tensor([6]))
-    embedder.dropout_prob = 0.0
-    assert torch.equal(embedder.drop(y), y)

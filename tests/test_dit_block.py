@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dit_block import AdaLNBlock, Attention, CrossAttention, CrossAttentionBlock, DiTBlock, InContextBlock, Mlp
+import dit_block
 
 D, HEADS, N, L = 24, 3, 2, 7
 
@@ -41,7 +41,7 @@ def affine(norm: nn.LayerNorm, x):
 
 
 def softmax_qk_v(q, k, v):
-    """softmax(Q K^T / sqrt(d)) V for each image and head by itself. q: (N, L, D), k, v: (N, M, D)."""
+    """softmax(Q K^T / sqrt(d)) V, head by head. q: (N, L, D), k, v: (N, M, D)."""
     d, out = D // HEADS, torch.zeros_like(q)
     for n in range(N):
         for head in range(HEADS):
@@ -56,39 +56,43 @@ def close(ours, expected):
 
 
 def test_attention():
-    attention, cross, x, two = random(Attention(D, HEADS)), random(CrossAttention(D, HEADS)), tokens(), tokens(2)
+    attention, x = random(dit_block.Attention(D, HEADS)), tokens()
     q, k, v = (linear(x, attention.qkv, slice(i * D, (i + 1) * D)) for i in range(3))
     close(attention(x), linear(softmax_qk_v(q, k, v), attention.proj))
+
+
+def test_cross_attention():
+    cross, x, two = random(dit_block.CrossAttention(D, HEADS)), tokens(), tokens(2)
     k, v = (linear(two, cross.kv, slice(i * D, (i + 1) * D)) for i in range(2))
     close(cross(x, two), linear(softmax_qk_v(linear(x, cross.q), k, v), cross.proj))
 
 
 def test_mlp_has_the_tanh_gelu():
-    mlp, x = random(Mlp(D, 20)), tokens()
+    mlp, x = random(dit_block.Mlp(D, 20)), tokens()
     h = linear(x, mlp.fc1)
     h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
     close(mlp(x), linear(h, mlp.fc2))
 
 
 def test_in_context_block():
-    block, x = random(InContextBlock(D, HEADS, 4.0)), tokens()
+    block, x = random(dit_block.InContextBlock(D, HEADS, 4.0)), tokens()
     h = x + block.attn(affine(block.norm1, x))
     close(block(x, tokens(2)), h + block.mlp(affine(block.norm2, h)))
 
 
 def test_cross_attention_block():
-    block, x, two = random(CrossAttentionBlock(D, HEADS, 4.0)), tokens(), tokens(2)
+    block, x, two = random(dit_block.CrossAttentionBlock(D, HEADS, 4.0)), tokens(), tokens(2)
     h = x + block.attn(affine(block.norm1, x))
     h = h + block.cross_attn(affine(block.norm2, h), two)
     close(block(x, two), h + block.mlp(affine(block.norm3, h)))
 
 
-@pytest.mark.parametrize("design", [AdaLNBlock, DiTBlock])
+@pytest.mark.parametrize("design", [dit_block.AdaLNBlock, dit_block.DiTBlock])
 def test_adaln_and_adaln_zero_blocks(design):
-    """The order of the vectors: shift, scale and, in adaLN-Zero, gate of the attention, then of the MLP."""
+    """The order is shift, scale and, in adaLN-Zero, gate of the attention, then of the MLP."""
     block, x, c = random(design(D, HEADS, 4.0)), tokens(), tokens()[:, 0]
     h = x
-    vectors = linear(F.silu(c), block.adaLN_modulation[1]).reshape(N, 2, -1, 1, D)  # (N, branch, 2 or 3, 1, D)
+    vectors = linear(F.silu(c), block.adaLN_modulation[1]).reshape(N, 2, -1, 1, D)
     for branch, part in enumerate((block.attn, block.mlp)):
         shift, scale, gate = (*vectors[:, branch].unbind(1), 1)[:3]
         h = h + gate * part(layer_norm(h) * (1 + scale) + shift)
