@@ -20,7 +20,7 @@ RECIPE = TrainConfig(batch_size=64, loss="mse", min_snr=0.3, optimizer="muon", l
                      lr_schedule="constant", ema_decay=0.999, checkpoint_every=250)
 CHANGES = {"muon": {}, "muon-0.002": {"lr": 0.002}, "muon-0.008": {"lr": 0.008},
            "adamw": {"optimizer": "adamw", "lr": 0.001, "min_snr": 0.0},
-           **dict.fromkeys(STARTS, {})}  # what differs from RECIPE
+           **{name: {} for name in STARTS}}  # what differs from RECIPE
 # A row's digest leaves out what has a column of its own and what changes no result.
 NOT_IN_DIGEST = {"model", "block", "predicts", "seed", "epochs", "checkpoint", "checkpoint_every",
                  "data_dir", "device", "compile"}
