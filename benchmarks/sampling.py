@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def plain() -> None:
         """The sampler with the network as it stands in dit.py."""
-        diffusion.ddim_sample(network, x_T, y, steps=STEPS)
+        diffusion.sample(network, x_T, y, sampler="ddim", steps=STEPS)
 
     def fast() -> None:
         generate(model, y, sampler="ddim", steps=STEPS, guidance=args.guidance, diffusion=diffusion)
