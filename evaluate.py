@@ -28,7 +28,7 @@ from inference import add_sampling_options, generate, open_checkpoint
 from runtime.checkpoint import CheckpointError, check_weights, load_checkpoint
 from runtime.files import PROJECT, here_or_in_project, write_atomically
 from runtime.fused import fused
-from runtime.script import exit_status, run_script
+from runtime.script import exit_status
 from runtime.speed import keep_freed_memory, records
 
 CLASSIFIER = PROJECT / "mnist" / "classifier.pth"
@@ -59,14 +59,11 @@ class Classifier(nn.Module):
 
 def load_classifier(device: str | torch.device = "cpu", file: Path = CLASSIFIER) -> Classifier:
     """The included classifier in eval mode. CheckpointError if its file is missing or damaged."""
-    with torch.device("meta"):  # no random initial values
-        classifier = Classifier().float()
+    classifier = Classifier()
     try:
-        weights = load_checkpoint(file, {"classifier": dict})["classifier"]
-        check_weights(file, weights, classifier)
+        load_weights(file, classifier, load_checkpoint(file, ["classifier"])["classifier"])
     except CheckpointError as error:
         raise CheckpointError(f"{error}; `git checkout -- mnist/classifier.pth` helps") from error
-    classifier.load_state_dict(weights, assign=True)
     return classifier.to(device).eval()
 
 
@@ -225,4 +222,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(main())

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import fields
 
 import torch
@@ -24,33 +23,6 @@ class TrainingError(Exception):
 
 class Stopped(Exception):
     """A signal ended the work, which was saved. Its arguments: a sentence, the signal's number."""
-
-
-class Stream:
-    """A text stream that drops what it cannot write: a closed pipe does not stop hours of work."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
-        self.stream.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
-        with suppress(OSError, ValueError):  # ValueError: it is closed
-            self.stream.write(text)
-
-    def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            self.stream.flush()
-
-
-def run_script(main: Callable[[], int]) -> int:
-    """main() as a process of its own: its streams cannot fail, Ctrl-C is a KeyboardInterrupt."""
-    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by `before_torch`
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    return main()
 
 
 def add_config_options(group, config_class: type) -> None:
@@ -77,8 +49,7 @@ def exit_status(parser: argparse.ArgumentParser, work: Callable[[], None]) -> in
     except (CheckpointError, DataError, FloatingPointError, OSError, TrainingError) as error:
         sentence = str(error)
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError) or any(word in str(error) for word in OUT_OF_MEMORY)
-        if not known:
+        if not isinstance(error, MemoryError) and not any(w in str(error) for w in OUT_OF_MEMORY):
             raise
         sentence = "out of memory: try fewer images at a time, or a smaller network"
     print(f"{parser.prog}: error: {sentence}", file=sys.stderr)

@@ -42,11 +42,16 @@ def fused(model: DiT, frozen: bool = False) -> DiT:
             check_same(plain, in_cpp(plain))
         return in_cpp(model, frozen)
     except Exception as error:  # an edited network fails in as many ways as there are edits
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         if reason not in said:
             log.warning("plain PyTorch instead of C++, which is slower: %s", reason)
         said.add(reason)
         return model
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message, or its type if that is empty."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def in_cpp(model: DiT, frozen: bool = False) -> DiT:
