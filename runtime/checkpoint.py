@@ -5,7 +5,6 @@
 
 import hashlib
 import io
-import os
 import pickle
 import textwrap
 from collections.abc import Iterable
@@ -87,10 +86,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
                diffusion: GaussianDiffusion | None = None) -> tuple[DiT, dict]:
     """The network of a checkpoint with its EMA weights, in eval mode; and its other entries.
 
-    diffusion: the process that it is for, by default that of config.py. CheckpointError if the
-    file is missing, damaged, not such a checkpoint, or trained with another schedule.
+    diffusion: what it is for, by default that of config.py. CheckpointError if it does not fit.
     """
-    if not os.path.exists(path):
+    if not Path(path).exists():
         raise CheckpointError(f"there is no checkpoint {path}; `python train.py --checkpoint "
                               f"{path}` makes one, `git checkout model.pth` restores the included")
     info = load_checkpoint(path, WEIGHTS, (diffusion or GaussianDiffusion()).schedule)

@@ -49,10 +49,7 @@ class Ranks:
 
 @contextmanager
 def joined_ranks(device: torch.device) -> Iterator[Ranks]:
-    """The processes of this run, connected within the context: GPUs by NCCL, else by Gloo.
-
-    device: this process's own.
-    """
+    """The processes of this run, connected within the context: GPUs by NCCL, else by Gloo."""
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # each machine has its own
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks(restarted=restarts > 0)

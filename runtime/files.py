@@ -20,12 +20,13 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 
     If `path` is a link, its target is replaced. OSError with one sentence if that fails.
     """
-    temporary = _temporary(path)
+    file = Path(os.path.realpath(path))
+    temporary = file.with_name(f".{file.stem}.{secrets.token_hex(4)}.tmp{file.suffix}")
     try:
         write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # before the new name, so that a power cut leaves no empty file
-        os.replace(temporary, os.path.realpath(path))
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())  # so that a power cut leaves no empty file of this name
+        os.replace(temporary, file)
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"{path} could not be written ({reason}); it is unchanged") from error
@@ -33,23 +34,13 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _temporary(path: str | Path) -> Path:
-    """A new name next to the file itself, where `path` may be a link."""
-    file = Path(os.path.realpath(path))
-    return file.with_name(f".{file.stem}.{secrets.token_hex(4)}.tmp{file.suffix}")
-
-
 def check_files(outputs: Iterable[Path | None]) -> None:
     """OSError if one cannot be written: better now than after an hour of work."""
     for path in filter(None, outputs):
         if path.exists() and not path.is_file():
             raise OSError(f"{path} is a directory or a device, not a file")
-        try:
-            temporary = _temporary(path)
-            temporary.touch()
-            temporary.unlink()
-        except OSError as error:
-            raise OSError(f"{path} cannot be written: {error.strerror}") from error
+        if not os.access(path.parent, os.W_OK):
+            raise OSError(f"{path} cannot be written: no such directory, or no permission")
 
 
 def lock(path: Path) -> TextIO:
@@ -63,7 +54,6 @@ def lock(path: Path) -> TextIO:
         import fcntl
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        held.close()
         raise OSError(f"another process is writing {path} or a file next to it: wait until it "
                       "ends, or choose another --checkpoint") from None
     except (ImportError, OSError):  # Windows, or a file system without locks

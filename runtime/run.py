@@ -23,19 +23,18 @@ from runtime.checkpoint import CheckpointError, load_checkpoint, load_weights, s
 from runtime.distributed import Ranks
 from runtime.files import check_files, lock, write_atomically
 from runtime.pictures import as_bytes, loss_curve, save_picture, show
-from runtime.script import Stopped, TrainingError
+from runtime.script import TrainingError
 
 # On --resume; "model" is compared field by field.
 MAY_CHANGE = {"epochs", "checkpoint_every", "checkpoint", "data_dir", "device", "compile", "model"}
 STATE = ("recipe", "step", "optimizers")  # the entries that model.resume.pth needs
-STOP_SIGNALS = [getattr(signal, name)  # of terminals and schedulers
-                for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-                if hasattr(signal, name)]
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+                if hasattr(signal, name)]  # of terminals and schedulers
 CURVE = {"epoch": "d", "step": "d", "train_loss": ".6f", "test_loss": ".6f", "seconds": ".1f"}
 
 
 class Run(ExitStack):
-    """A run of `cfg`. Within `with run:`, a stop signal saves it, and no other run writes its files.
+    """A run of `cfg`. In `with run:`, a stop signal saves it, and no other run writes its files.
 
     images: size of the training set; generator: the random numbers for t, eps and label dropout;
     schedule: `GaussianDiffusion.schedule`. OSError if the files could not be written.
@@ -56,7 +55,7 @@ class Run(ExitStack):
         self.order = torch.Generator().manual_seed(cfg.seed)  # of the images
         self.order_at_epoch = self.order.get_state()  # before the current epoch's order was drawn
         self.started = time.monotonic()  # moved back on resume, by the time already spent
-        self.signal, self.curve_due = 0, 0.0
+        self.signal, self.png_due = 0, 0.0
 
     def __enter__(self) -> "Run":
         if self.ranks.leads:
@@ -67,8 +66,8 @@ class Run(ExitStack):
         return self
 
     def _note(self, number: int, frame) -> None:
-        """Lets the current step finish. A second signal changes nothing: torchrun sends two."""
-        self.signal = self.signal or number
+        """Lets the current step finish. torchrun sends several."""
+        self.signal = number
 
     def begin(self, resume: bool) -> None:
         """Start, or continue a run of this recipe. CheckpointError or TrainingError if it can't."""
@@ -80,14 +79,12 @@ class Run(ExitStack):
         if resume:
             self._restore(self._load_state())
         if self.ranks.leads and resume:
-            self._save_weights()  # after a crash, they may be older than the state
             print(f"resumed at step {self.step} of {self.total_steps}")
         elif self.ranks.leads:
             self.files.keep_other_run()
         self.bar = self.enter_context(tqdm(  # on a terminal
             initial=self.step * self.cfg.batch_size, total=self.total_steps * self.cfg.batch_size,
-            unit="img", unit_scale=True, mininterval=0.5, smoothing=0.05,
-            disable=None if self.ranks.leads else True))
+            unit="img", unit_scale=True, disable=None if self.ranks.leads else True))
 
     def _load_state(self) -> dict:
         """The content of model.resume.pth. CheckpointError if there is none of this recipe."""
@@ -102,9 +99,6 @@ class Run(ExitStack):
                    if name not in MAY_CHANGE and before.get(name) != value]
         if changed:
             raise CheckpointError(f"{file} belongs to another recipe: {', '.join(changed)}")
-        if state["step"] > self.total_steps:
-            raise CheckpointError(f"{file} is at step {state['step']}, after the last one, "
-                                  f"{self.total_steps}, of --epochs {self.cfg.epochs}")
         return state
 
     def state(self) -> dict:
@@ -129,10 +123,6 @@ class Run(ExitStack):
         if len(state["noise"]) == len(self.generator.get_state()):  # else of another device
             self.generator.set_state(state["noise"])
 
-    def epochs(self) -> Iterator[int]:
-        """The epochs that remain, counted from 1."""
-        yield from range(len(self.curve) + 1, self.cfg.epochs + 1)
-
     def batches(self, data: Digits) -> Iterator[Tensor]:
         """The indices of the batches that remain of the current epoch, in its random order."""
         self.order_at_epoch = self.order.get_state()
@@ -140,7 +130,7 @@ class Run(ExitStack):
         yield from islice(data.batch_indices(self.cfg.batch_size, self.order), done, None)
 
     def end_step(self, loss: Tensor) -> None:
-        """Count the step, save when due. Stopped after a signal, TrainingError if it diverges."""
+        """Count the step, save when due. Exits after a signal; TrainingError if it diverges."""
         self.step += 1
         self.loss_sum += self.ranks.mean(loss)
         self.bar.update(self.cfg.batch_size)
@@ -148,25 +138,16 @@ class Run(ExitStack):
         if self.step % self.cfg.checkpoint_every == 0 or self.step == self.total_steps or stop:
             self._finite(self.loss_sum + sum(p.detach().sum() for p in self.model.parameters()))
             if self.ranks.leads:
-                # The state first: a crash leaves an older model.pth, which is replaced on resume.
+                weights = {name: value.cpu() for name, value in self.ema.state_dict().items()}
+                save_checkpoint(self.files.weights, {
+                    "model_config": asdict(self.ema.config), "ema": weights, "step": self.step,
+                    "recipe": asdict(self.cfg), "schedule": self.schedule})
                 save_checkpoint(self.files.state, self.state())
-                self._save_weights()
         if stop:
-            raise Stopped(f"stopped at step {self.step} of {self.total_steps}; the same command "
-                          "with --resume continues", self.signal or signal.SIGTERM)
-
-    def _save_weights(self) -> None:
-        weights = {name: value.cpu() for name, value in self.ema.state_dict().items()}
-        save_checkpoint(self.files.weights, {
-            "model_config": asdict(self.ema.config), "ema": weights, "step": self.step,
-            "recipe": asdict(self.cfg), "schedule": self.schedule})
-        self._save_csv()
-
-    def _save_csv(self) -> None:
-        lines = [",".join(f"{row[name]:{form}}" for name, form in CURVE.items())
-                 for row in self.curve]
-        text = "\n".join([",".join(CURVE), *lines, ""])
-        write_atomically(self.files.csv, lambda path: path.write_text(text))
+            if self.ranks.leads:
+                print(f"stopped at step {self.step} of {self.total_steps}; the same command with "
+                      "--resume continues")
+            sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def end_epoch(self, test_loss: float) -> None:
         """Add a row to the log and loss.csv, and a point to loss.png."""
@@ -177,12 +158,12 @@ class Run(ExitStack):
         self.loss_sum.zero_()
         if not self.ranks.leads:
             return
-        line = ", ".join(f"{name} {self.curve[-1][name]:{form}}" for name, form in CURVE.items())
-        tqdm.write(line, file=sys.stderr)
-        # Not after every epoch: they take as long as many steps on a GPU.
-        if last or now > self.curve_due:
-            self.curve_due = now + 10
-            self._save_csv()
+        rows = [[f"{row[name]:{form}}" for name, form in CURVE.items()] for row in self.curve]
+        tqdm.write(", ".join(map(" ".join, zip(CURVE, rows[-1], strict=True))), file=sys.stderr)
+        text = "\n".join(map(",".join, [CURVE, *rows])) + "\n"
+        write_atomically(self.files.csv, lambda path: path.write_text(text))
+        if last or now > self.png_due:  # it takes as long as many steps on a GPU
+            self.png_due = now + 10
             weighted = f", min-SNR weights ({self.cfg.min_snr:g})" if self.cfg.min_snr else ""
             ylabel = f"{self.cfg.loss.upper()} loss"
             save_picture(self.files.png, lambda: loss_curve(self.curve, ylabel, weighted))
@@ -206,11 +187,7 @@ class Run(ExitStack):
 
 
 class RunFiles:
-    """model.pth; next to it model.resume.pth, loss.csv, loss.png and samples.png.
-
-    Those of digits.pth are digits.resume.pth, digits.loss.csv and so on. OSError if they could not
-    be written.
-    """
+    """A run's files, all next to model.pth. OSError if they could not be written."""
 
     def __init__(self, cfg: TrainConfig):
         self.all = self._of(Path(cfg.checkpoint))
@@ -234,6 +211,4 @@ class RunFiles:
             if path in there:  # model.pth is copied, so that there is one at every moment
                 (shutil.copy2 if path == self.weights else os.rename)(path, name)
         if there:
-            continues = f"; --resume --checkpoint {kept[0]} continues it"
-            print(f"{self.weights} and the files next to it are another run's: kept as {kept[0]} "
-                  f"and so on{continues if self.state in there else ''}")
+            print(f"the files of another run are kept as {kept[0]} and so on")

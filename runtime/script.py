@@ -2,10 +2,8 @@
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 
 import torch
 
@@ -13,29 +11,15 @@ from config import SettingError
 from dataset import DataError
 from runtime.checkpoint import CheckpointError
 
-# As CUDA, the CPU and Windows say it
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # GPU, CPU, Windows
 
 
 class TrainingError(Exception):
     """Training cannot start or continue; the message says why."""
 
 
-class Stopped(Exception):
-    """A signal ended the work, which was saved. Its arguments: a sentence, the signal's number."""
-
-
-def add_config_options(group, config_class: type) -> None:
-    """One option per field that has a help text, of the field's type."""
-    for f in fields(config_class):
-        if "help" in f.metadata:
-            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-            text = f"{f.metadata['help']} (default: {f.default})"
-            group.add_argument("--" + f.name.replace("_", "-"), **kind, **f.metadata | {"help": text})
-
-
 def exit_status(parser: argparse.ArgumentParser, work: Callable[[], None]) -> int:
-    """The exit status of `work`: 0, 1 after an error message, 128 + n after signal n."""
+    """The exit status of `work`: 0, or 1 after an error message of one sentence."""
     try:
         work()
         return 0

@@ -1,6 +1,4 @@
-"""What makes the scripts fast. It changes results by rounding only; benchmarks/README.md says how
-much each part gains.
-"""
+"""What makes the scripts fast, at the cost of rounding only: see benchmarks/README.md."""
 
 import ctypes
 import os
@@ -20,10 +18,9 @@ PLAIN_CALLS = 3  # before a CUDA graph: they create what is created once, such a
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep the memory of a finished step for the next one, until the process ends.
+    """Have glibc keep the memory of a finished step for the next one, until the process ends.
 
-    glibc returns it to Linux, which zeroes every page before the next use: 1.28 times the time for
-    a step of 300 images. Does nothing where there is no glibc.
+    Else it returns it to Linux, which zeroes each page again: 1.28 times as long for 300 images.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
@@ -42,7 +39,7 @@ def compiled(model: DiT, batch_size: int) -> nn.Module:
         return network
     config, device = model.config, model.pos_embed.device
     size = (batch_size, config.in_channels, config.image_size, config.image_size)
-    x_t, t = torch.zeros(size, device=device), torch.zeros(batch_size, dtype=torch.long, device=device)
+    x_t, t = torch.zeros(size, device=device), torch.zeros(batch_size, device=device).long()
     if model.training and os.environ.get("RANK", "0") == "0":  # once, not for the EMA model too
         tqdm.write("compiling the network; --no-compile skips this")
     warnings.filterwarnings("ignore", "TensorFloat32")  # which gains nothing at these widths
@@ -74,11 +71,10 @@ def recorded(function: Callable[..., Tensor], device: torch.device,
              after_failure: Callable[[], object] = lambda: None) -> Callable[..., Tensor]:
     """`function`, recorded on a GPU as a CUDA graph in its fourth call; later calls replay it.
 
-    Python takes longer to start hundreds of small kernels than a GPU to run them.
     function: takes tensors and numbers, of the same shapes in every call, and returns a tensor. It
-    gets numbers as tensors, (), because a graph would repeat a number. What it does in Python, such
-    as counting, happens only in its first four calls. generator: of its random numbers.
-    after_failure: undoes half a call. Then one line says why, and all calls are plain.
+    gets numbers as tensors, (), because a graph would repeat a number. Its Python runs in the first
+    four calls only. generator: of its random numbers. after_failure: undoes half a call; then one
+    line says why, and all calls are plain.
     """
     if not records(device):
         return function
@@ -102,20 +98,21 @@ def recorded(function: Callable[..., Tensor], device: torch.device,
             torch.cuda.current_stream(device).wait_stream(stream)
             return out
         try:
-            replay = replay or captured(function, inputs, stream, generator)
+            graph, out = replay = replay or captured(function, inputs, stream, generator)
         except Exception as error:  # what a graph cannot hold, such as .item(), or out of memory
             tqdm.write("continuing without a CUDA graph, which is slower: "
                        f"{first_line(error.__context__ or error)}")
             after_failure()
             return function(*values)
-        return replay().clone()
+        graph.replay()
+        return out.clone()
 
     return call
 
 
 def captured(function: Callable[..., Tensor], inputs: list[Tensor], stream: torch.cuda.Stream,
-             generator: torch.Generator | None) -> Callable[[], Tensor]:
-    """function(*inputs) as a CUDA graph: a call runs it, and gives the same tensor every time."""
+             generator: torch.Generator | None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """function(*inputs) as a CUDA graph, and its result, which every replay overwrites."""
     graph = torch.cuda.CUDAGraph()
     if generator:
         before = generator.clone_state()
@@ -127,9 +124,4 @@ def captured(function: Callable[..., Tensor], inputs: list[Tensor], stream: torc
         if generator:  # a failed capture leaves it unusable
             generator.graphsafe_set_state(before.graphsafe_get_state())
         raise
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay
+    return graph, out
