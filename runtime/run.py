@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from itertools import count, islice
 from pathlib import Path
@@ -159,7 +159,9 @@ class Run(ExitStack):
         if not self.ranks.leads:
             return
         rows = [[f"{row[name]:{form}}" for name, form in CURVE.items()] for row in self.curve]
-        tqdm.write(", ".join(map(" ".join, zip(CURVE, rows[-1], strict=True))), file=sys.stderr)
+        line = ", ".join(map(" ".join, zip(CURVE, rows[-1], strict=True)))
+        with suppress(OSError):  # a closed terminal, whose SIGHUP saves the run
+            tqdm.write(line, file=sys.stderr)
         text = "\n".join(map(",".join, [CURVE, *rows])) + "\n"
         write_atomically(self.files.csv, lambda path: path.write_text(text))
         if last or now > self.png_due:  # it takes as long as many steps on a GPU
