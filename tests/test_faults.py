@@ -1,6 +1,7 @@
-"""What happens to a run from outside: kill -9, full disks, a second run, broken streams."""
+"""What happens to a run from outside: kill -9, full disks, a second run, a closed terminal."""
 
 import os
+import pty
 import random
 import shutil
 import signal
@@ -12,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, content
-from test_train import FILES, run_state
+from test_train import run_state
 
 import train
 from runtime.checkpoint import load_checkpoint, load_model
 from runtime.run import STATE
 
-MANY_SAVES = ("--epochs", 30, "--lr", 0.01, "--checkpoint-every", 1)
-TRAIN = " ".join(map(str, (sys.executable, ROOT / "train.py", *TINY, "--epochs 1")))
+MANY_SAVES = ("--epochs", 15, "--lr", 0.01, "--checkpoint-every", 1)
+TWO_EPOCHS = ("--epochs", 2, "--checkpoint-every", 2)
 
 
 def run_train(folder, *options):
@@ -52,22 +53,19 @@ def wait_for_writes(process, file, count):
         seen, last = seen + (now != last), now
 
 
-# A process dies
-
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_kill_9_at_random_moments(tmp_path, train_tiny, start, seed):
+def test_kill_9_at_random_moments(tmp_path, train_tiny, start):
     """Every kill leaves files that load, and the last run ends as one that was never killed."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     killed.mkdir()
     assert train_tiny(whole, *MANY_SAVES)[0] == 0
-    rng, kills, steps = random.Random(seed), 0, set()
+    rng, kills, steps = random.Random(0), 0, set()
     for _ in range(500):
         process = start(killed, *["--resume"] * (killed / "model.resume.pth").exists())
         if rng.random() < 0.2:
             process.join(rng.uniform(0, 2))
         else:  # by progress and not by the clock, so that a busy machine changes nothing
-            wait_for_writes(process, killed / "model.resume.pth", rng.randint(1, 4))
+            wait_for_writes(process, killed / "model.resume.pth", rng.randint(1, 6))
             process.join(rng.uniform(0, 0.02))
         if process.exitcode is not None:
             break
@@ -81,34 +79,38 @@ def test_kill_9_at_random_moments(tmp_path, train_tiny, start, seed):
     assert process.exitcode == 0
     assert run_state(killed) == run_state(whole)
     assert kills >= 5 and len(steps) >= 5
-    assert content(killed).keys() == content(whole).keys()  # no half file stays
 
 
 def test_ctrl_c_while_torch_is_imported(tmp_path):
     """Exit by the signal itself, as a shell expects it, and not a word."""
-    for seconds in (0.15, 0.4, 0.8):
-        command = [sys.executable, ROOT / "train.py"]
-        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
-        time.sleep(seconds)
-        process.send_signal(signal.SIGINT)
-        assert (process.wait(60), process.stderr.read()) == (-signal.SIGINT, b"")
-    assert not list(tmp_path.iterdir())
+    process = subprocess.Popen([sys.executable, ROOT / "train.py"], cwd=tmp_path,
+                               stderr=subprocess.PIPE)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert (process.wait(60), process.stderr.read()) == (-signal.SIGINT, b"")
 
 
-# Two runs
+def test_a_closed_terminal_saves_the_run(tmp_path):
+    """Also at a moment when the next thing is a line for that terminal."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        command = [sys.executable, ROOT / "train.py", *TINY, "--epochs", 100_000]
+        os.execv(sys.executable, [str(part) for part in command])
+    while b"train_loss" not in os.read(terminal, 10_000):
+        pass
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    assert load_checkpoint(tmp_path / "model.resume.pth", STATE)["step"] >= 3
 
-@pytest.mark.parametrize("second", ["model.pth", "link.pth", "model.pt", "model.resume.pth"])
-def test_a_second_run_is_refused(tmp_path, start, train_tiny, refused, second):
-    """By whatever name it has the first one's checkpoint, or its loss.csv, or its state."""
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "link.pth").symlink_to(tmp_path / "model.pth")
+
+def test_a_second_run_is_refused(tmp_path, start, train_tiny, refused):
     process = start(tmp_path, "--epochs", 1000)
-    wait_for_writes(process, tmp_path / "model.pth", 1)
+    wait_for_writes(process, tmp_path / "model.resume.pth", 1)
     os.kill(process.pid, signal.SIGSTOP)  # it stays where it is
     before = content(tmp_path)
-    place = tmp_path / "folder" / second if second == "link.pth" else tmp_path / second
-    sentence = f"{place} or a file next to it is being written by process {process.pid}"
-    refused(train.main, 1, sentence, "--checkpoint", place, *TINY, "--seed", 5)
+    refused(train.main, 1, "another process is writing", "--checkpoint", tmp_path / "model.pth",
+            *TINY, "--seed", 5)
     assert content(tmp_path) == before
     process.kill()
     process.join()
@@ -116,8 +118,6 @@ def test_a_second_run_is_refused(tmp_path, start, train_tiny, refused, second):
     status, _, err = train_tiny(tmp_path, *MANY_SAVES, "--epochs", epochs, "--resume")
     assert status == 0, err
 
-
-# A disk that is full or fails
 
 @pytest.fixture
 def full_disk(tmp_path):
@@ -131,11 +131,10 @@ def full_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("free", [0, 20_000])
-def test_a_full_disk_keeps_the_last_good_files(full_disk, train_tiny, free):
+def test_a_full_disk_keeps_the_last_good_files(full_disk, train_tiny):
     assert train_tiny(full_disk)[0] == 0
     before = content(full_disk)
-    (full_disk / "ballast").write_bytes(b"x" * (shutil.disk_usage(full_disk).free - free))
+    (full_disk / "ballast").write_bytes(b"x" * (shutil.disk_usage(full_disk).free - 20_000))
     status, _, err = train_tiny(full_disk, "--epochs", 2, "--resume")
     assert status == 1 and "Traceback" not in err
     sentence = err.splitlines()[-1]
@@ -148,9 +147,6 @@ def test_a_full_disk_keeps_the_last_good_files(full_disk, train_tiny, free):
     assert load_model(full_disk / "model.pth")[1]["step"] == 6
 
 
-TWO_EPOCHS = ("--epochs", 2, "--checkpoint-every", 2)
-
-
 @pytest.fixture(scope="module")
 def two_epochs(tmp_path_factory):
     """A run without a fault, of two epochs with three steps each and a checkpoint every two."""
@@ -160,7 +156,7 @@ def two_epochs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("failing", range(1, 15))
+@pytest.mark.parametrize("failing", [1, 2, 3, 5, 7, 10])
 def test_a_run_whose_disk_fails_at_any_write_can_continue(tmp_path, train_tiny, two_epochs,
                                                           monkeypatch, failing):
     """When the n-th of its files cannot be moved into place; it ends as one without a fault."""
@@ -175,45 +171,7 @@ def test_a_run_whose_disk_fails_at_any_write_can_continue(tmp_path, train_tiny, 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail_once)
         status, _, err = train_tiny(tmp_path, *TWO_EPOCHS)
-    assert len(moved) >= failing
     assert status == 1 and "could not be written (Input/output error)" in err.splitlines()[-1]
     resume = ["--resume"] * (tmp_path / "model.resume.pth").exists()
     assert train_tiny(tmp_path, *TWO_EPOCHS, *resume)[0] == 0
     assert run_state(tmp_path) == run_state(two_epochs)
-
-
-# Streams, names and settings
-
-def bash(command, folder, **environment):
-    """The command in bash; TRAIN in it is a run of three steps."""
-    command = "set -o pipefail; " + command.replace("TRAIN", TRAIN)
-    environment = os.environ | {"PYTHONUNBUFFERED": ""} | environment
-    return subprocess.run(["bash", "-c", command], cwd=folder, env=environment,
-                          capture_output=True, timeout=120)
-
-
-@pytest.mark.parametrize("command", [
-    "TRAIN 2>&1 | head -c 400",
-    "TRAIN >&- 2>&-",
-    *(pytest.param(command, marks=pytest.mark.slow) for command in (
-        "TRAIN 2>/dev/full", "TRAIN && TRAIN | true", "nohup TRAIN"))])
-def test_a_broken_stream_does_not_end_a_run(tmp_path, command):
-    done = bash(command, tmp_path)
-    assert done.returncode == 0, done
-    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
-    assert content(tmp_path).keys() >= FILES and load_model(tmp_path / "model.pth")[1]["step"] == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "environment"), [
-    ("mödel.pth", {"PYTHONIOENCODING": "ascii"}),
-    ("mödel.pth", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
-    ("m\udcf6del.pth", {}), ("m\udcf6del.pth", {"PYTHONIOENCODING": "ascii"})])
-def test_a_name_that_a_terminal_cannot_show(tmp_path, name, environment):
-    command = f"TRAIN --checkpoint {name}; cp {name} first; TRAIN --checkpoint {name} --seed 1"
-    command += f"; TRAIN --checkpoint {name} --seed 1 --resume"
-    done = bash(f"set -e; {command}", tmp_path, **environment)
-    assert done.returncode == 0, done
-    old = tmp_path / name.replace(".", ".old-1.")
-    assert old.read_bytes() == (tmp_path / "first").read_bytes()
-    assert load_model(tmp_path / name)[1]["recipe"]["seed"] == 1
