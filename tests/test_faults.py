@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import get_context
 
 import pytest
 from conftest import ROOT, TINY, content
@@ -22,17 +23,17 @@ MANY_SAVES = ("--epochs", 15, "--lr", 0.01, "--checkpoint-every", 1)
 
 
 def start(folder, *options):
-    """A process that trains, and saves after every step."""
-    command = [sys.executable, ROOT / "train.py", "--checkpoint", folder / "model.pth", *TINY,
-               *MANY_SAVES, *options]
-    return subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL)
+    """A process that trains and saves after every step: a fork, as importing torch is slow."""
+    arguments = ("--checkpoint", folder / "model.pth", *TINY, *MANY_SAVES, *options)
+    process = get_context("fork").Process(target=train.main, args=[list(map(str, arguments))])
+    process.start()
+    return process
 
 
 def wait_for_writes(process, file, count):
     """Until the file has been replaced `count` times, or the process has ended."""
     last, seen = file.stat().st_ino if file.exists() else None, 0
-    while process.poll() is None and seen < count:
+    while process.is_alive() and seen < count:
         time.sleep(0.001)
         now = file.stat().st_ino if file.exists() else None
         seen, last = seen + (now != last), now
@@ -48,14 +49,14 @@ def test_kill_9_at_random_moments(tmp_path, train_tiny):
     while True:  # by progress and not by the clock, so that a busy machine changes nothing
         wait_for_writes(process, killed / "model.resume.pth", rng.randint(3, 9))
         time.sleep(rng.uniform(0, 0.02))
-        if process.poll() is not None:
+        if not process.is_alive():
             break
         process.kill()
-        process.wait()
+        process.join()
         steps.add(load_checkpoint(killed / "model.resume.pth", STATE)["step"])
         load_model(killed / "model.pth")
         process = start(killed, "--resume")
-    assert process.returncode == 0 and len(steps) >= 4
+    assert len(steps) >= 4
     assert run_state(killed) == run_state(whole)
 
 
@@ -91,7 +92,7 @@ def test_a_second_run_is_refused(tmp_path, train_tiny, refused):
             *TINY, "--seed", 5)
     assert content(tmp_path) == before
     process.kill()
-    process.wait()
+    process.join()
     epochs = load_checkpoint(tmp_path / "model.resume.pth", STATE)["step"] // 3 + 1
     status, _, err = train_tiny(tmp_path, *MANY_SAVES, "--epochs", epochs, "--resume")
     assert status == 0, err
@@ -109,8 +110,7 @@ def test_a_full_disk_keeps_the_last_good_files(tmp_path, train_tiny, request):
     before = content(full_disk)
     (full_disk / "ballast").write_bytes(b"x" * (shutil.disk_usage(full_disk).free - 20_000))
     status, _, err = train_tiny(full_disk, "--epochs", 2, "--resume")
-    assert status == 1 and "Traceback" not in err
-    assert re.match("train.py: error: .*No space left on device", err.splitlines()[-1])
+    assert status == 1 and re.match("train.py: error: .*No space left on device", err.strip())
     after = content(full_disk)
     assert set(after) == {*before, "ballast"}
     assert all(after[name][0] == before[name][0] for name in ("model.pth", "model.resume.pth"))

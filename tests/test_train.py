@@ -262,8 +262,6 @@ def test_nothing_to_resume_and_no_data(tmp_path, refused):
     assert not content(tmp_path)
 
 
-# The command line
-
 def test_a_named_model_is_trained_and_samples(tmp_path, train_tiny):
     """The name sets the defaults, and the width and depth of the tests override them."""
     status, _, err = train_tiny(tmp_path, "--model", "DiT-S/8")
