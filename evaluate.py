@@ -25,7 +25,7 @@ from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion, noise
 from dit import DiT
 from inference import add_sampling_options, generate, open_checkpoint
-from runtime.checkpoint import CheckpointError, check_weights, load_checkpoint
+from runtime.checkpoint import CheckpointError, load_checkpoint, load_weights
 from runtime.files import PROJECT, here_or_in_project, write_atomically
 from runtime.fused import fused
 from runtime.script import exit_status
@@ -181,7 +181,8 @@ def measure(args: argparse.Namespace) -> None:
     require(100 <= args.n <= 20_000, f"n must lie in [100, 20000], not {args.n}")
     require(0 <= args.bpd <= MNIST_TEST_IMAGES, f"bpd must lie in [0, 10000], not {args.bpd}")
     folder = here_or_in_project(args.data_dir)
-    model, diffusion = open_checkpoint(args, [args.json], [CLASSIFIER, *folder.glob("MNIST/raw/*")])
+    require(not args.json or args.json.suffix == ".json", f"{args.json} must end in .json")
+    model, diffusion = open_checkpoint(args, [args.json])
     classifier = load_classifier(args.device)
     train_set, test_set = (load_mnist(train, folder, args.device) for train in (True, False))
     rows = {"source": f"{args.checkpoint}: {args.n:,} images, {args.sampler}, {args.steps} steps, "

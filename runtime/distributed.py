@@ -1,7 +1,6 @@
 """Several processes that share the work of each batch, as torchrun starts them; otherwise, one.
 
-Every process draws the same random numbers for the whole batch and computes its share of it, so
-that the number of processes changes the result only by rounding.
+All draw the random numbers of the whole batch, so that their number changes only the rounding.
 """
 
 import os

@@ -55,7 +55,7 @@ class Run(ExitStack):
         self.order = torch.Generator().manual_seed(cfg.seed)  # of the images
         self.order_at_epoch = self.order.get_state()  # before the current epoch's order was drawn
         self.started = time.monotonic()  # moved back on resume, by the time already spent
-        self.signal, self.png_due = 0, 0.0
+        self.signal = self.png_due = 0
 
     def __enter__(self) -> "Run":
         if self.ranks.leads:
@@ -159,8 +159,8 @@ class Run(ExitStack):
         if not self.ranks.leads:
             return
         rows = [[f"{row[name]:{form}}" for name, form in CURVE.items()] for row in self.curve]
-        line = ", ".join(map(" ".join, zip(CURVE, rows[-1], strict=True)))
         with suppress(OSError):  # a closed terminal, whose SIGHUP saves the run
+            line = ", ".join(map(" ".join, zip(CURVE, rows[-1], strict=True)))
             tqdm.write(line, file=sys.stderr)
         text = "\n".join(map(",".join, [CURVE, *rows])) + "\n"
         write_atomically(self.files.csv, lambda path: path.write_text(text))

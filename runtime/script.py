@@ -19,15 +19,10 @@ class TrainingError(Exception):
 
 
 def exit_status(parser: argparse.ArgumentParser, work: Callable[[], None]) -> int:
-    """The exit status of `work`: 0, or 1 after an error message of one sentence."""
+    """The exit status of `work`: 0, or 1 or 2 after an error message of one sentence."""
     try:
         work()
         return 0
-    except Stopped as stop:
-        print(stop.args[0])
-        return 128 + stop.args[1]
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except SettingError as error:
         parser.error(str(error))
     except (CheckpointError, DataError, FloatingPointError, OSError, TrainingError) as error:

@@ -61,8 +61,7 @@ def compiled(model: DiT, batch_size: int) -> nn.Module:
 
 def records(device: torch.device) -> bool:
     """Whether `recorded` makes CUDA graphs: on one GPU."""
-    # Until a GPU has run its tests (python -m benchmarks.gpu), only on demand.
-    asked = os.environ.get("DIT_RECORD") == "1"
+    asked = os.environ.get("DIT_RECORD") == "1"  # until a GPU has run benchmarks.gpu
     return asked and device.type == "cuda" and os.environ.get("WORLD_SIZE", "1") == "1"
 
 
