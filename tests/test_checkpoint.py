@@ -104,7 +104,7 @@ def test_another_schedule_is_refused(saved):
     other = GaussianDiffusion()
     assert load_model(saved, diffusion=other)[1]["step"] == 7
     other.beta = other.beta[:500]
-    with pytest.raises(CheckpointError, match=r"was \[1000, .* and is \[500, "):
+    with pytest.raises(CheckpointError, match="another schedule"):
         load_model(saved, diffusion=other)
 
 
