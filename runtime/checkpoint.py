@@ -93,7 +93,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
                               f"{path}` makes one, `git checkout model.pth` restores the included")
     info = load_checkpoint(path, WEIGHTS, (diffusion or GaussianDiffusion()).schedule)
     try:
-        model = DiT(ModelConfig(**info["model_config"]), initialize=False)
+        model = DiT(ModelConfig(**info["model_config"]), initialize=False).float()
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit this code: {error}") from error
     load_weights(path, model, info.pop("ema"))
