@@ -25,10 +25,10 @@ from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion, noise
 from dit import DiT
 from inference import add_sampling_options, generate, open_checkpoint
-from runtime.checkpoint import CheckpointError, check_weights, load_checkpoint
+from runtime.checkpoint import CheckpointError, load_checkpoint, load_weights
 from runtime.files import PROJECT, here_or_in_project, write_atomically
 from runtime.fused import fused
-from runtime.script import exit_status, run_script
+from runtime.script import exit_status
 from runtime.speed import keep_freed_memory, records
 
 CLASSIFIER = PROJECT / "mnist" / "classifier.pth"
@@ -59,14 +59,11 @@ class Classifier(nn.Module):
 
 def load_classifier(device: str | torch.device = "cpu", file: Path = CLASSIFIER) -> Classifier:
     """The included classifier in eval mode. CheckpointError if its file is missing or damaged."""
-    with torch.device("meta"):  # no random initial values
-        classifier = Classifier().float()
+    classifier = Classifier()
     try:
-        weights = load_checkpoint(file, {"classifier": dict})["classifier"]
-        check_weights(file, weights, classifier)
+        load_weights(file, classifier, load_checkpoint(file, ["classifier"])["classifier"])
     except CheckpointError as error:
         raise CheckpointError(f"{error}; `git checkout -- mnist/classifier.pth` helps") from error
-    classifier.load_state_dict(weights, assign=True)
     return classifier.to(device).eval()
 
 
@@ -184,7 +181,8 @@ def measure(args: argparse.Namespace) -> None:
     require(100 <= args.n <= 20_000, f"n must lie in [100, 20000], not {args.n}")
     require(0 <= args.bpd <= MNIST_TEST_IMAGES, f"bpd must lie in [0, 10000], not {args.bpd}")
     folder = here_or_in_project(args.data_dir)
-    model, diffusion = open_checkpoint(args, [args.json], [CLASSIFIER, *folder.glob("MNIST/raw/*")])
+    require(not args.json or args.json.suffix == ".json", f"{args.json} must end in .json")
+    model, diffusion = open_checkpoint(args, [args.json])
     classifier = load_classifier(args.device)
     train_set, test_set = (load_mnist(train, folder, args.device) for train in (True, False))
     rows = {"source": f"{args.checkpoint}: {args.n:,} images, {args.sampler}, {args.steps} steps, "
@@ -225,4 +223,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(main())

@@ -26,7 +26,7 @@ from runtime.checkpoint import CheckpointError, load_model
 from runtime.files import check_files, here_or_in_project
 from runtime.fused import fused
 from runtime.pictures import denser_at_the_end, save_animation, save_picture, show
-from runtime.script import exit_status, pick_device, run_script
+from runtime.script import exit_status, pick_device
 from runtime.speed import keep_freed_memory, recorded
 
 
@@ -107,8 +107,8 @@ def sample_pictures(args: argparse.Namespace) -> None:
         print(f"wrote {args.gif}")
 
 
-def open_checkpoint(args: argparse.Namespace, outputs: Sequence[Path | None],
-                    inputs: Sequence[Path] = ()) -> tuple[DiT, GaussianDiffusion]:
+def open_checkpoint(args: argparse.Namespace, outputs: Sequence[Path | None]
+                    ) -> tuple[DiT, GaussianDiffusion]:
     """The network of the command line. Fills in the steps, the device and the path.
 
     CheckpointError unless it is one for MNIST, OSError if one of the files cannot be used.
@@ -116,7 +116,7 @@ def open_checkpoint(args: argparse.Namespace, outputs: Sequence[Path | None],
     args.steps = STEPS[args.sampler] if args.steps is None else args.steps
     args.device = pick_device(args.device)
     args.checkpoint = here_or_in_project(args.checkpoint)
-    check_files(outputs, [args.checkpoint, *inputs])
+    check_files(outputs)
     diffusion = GaussianDiffusion(device=args.device)
     model, info = load_model(args.checkpoint, args.device, diffusion)
     c = model.config
@@ -160,4 +160,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(main())

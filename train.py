@@ -29,7 +29,7 @@ from muon import Muon
 from runtime.distributed import Ranks, joined_ranks
 from runtime.files import here_or_in_project
 from runtime.run import Run
-from runtime.script import add_config_options, exit_status, pick_device, run_script
+from runtime.script import exit_status, pick_device
 from runtime.speed import compiled, keep_freed_memory, recorded, records
 
 HELD_OUT_BATCH = 250  # test images at a time
@@ -106,7 +106,7 @@ def samples_due(epoch: int, epochs: int) -> bool:
 def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) -> DiT:
     """Run the recipe and return the EMA model. Writes the checkpoint, loss.csv and the pictures.
 
-    A stop signal, such as Ctrl-C, saves the run and raises Stopped. CheckpointError, DataError,
+    A stop signal, such as Ctrl-C, saves the run and exits. CheckpointError, DataError,
     OSError, SettingError or TrainingError with one sentence when it cannot start or continue.
     """
     ranks = ranks or Ranks()
@@ -148,7 +148,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
         # On a GPU, this is one CUDA graph.
         step_at = recorded(lambda index, *rates: step(*train_set[index], *rates), device, generator,
                            model.zero_grad)
-        for epoch in run.epochs():
+        for epoch in range(len(run.curve) + 1, cfg.epochs + 1):
             for index in run.batches(train_set):
                 rates = learning_rate(run.step, cfg, run.total_steps), ema_decay(run.step + 1, cfg)
                 run.end_step(step_at(index, *rates))
@@ -166,6 +166,16 @@ def configure(model: str = "", **given) -> TrainConfig:
     network = replace(network, in_channels=1, num_classes=10)
     of_network = {f.name: given.pop(f.name) for f in fields(ModelConfig) if f.name in given}
     return TrainConfig(model=replace(network, **of_network), **given)
+
+
+def add_config_options(group, config_class: type) -> None:
+    """One option per field that has a help text, of the field's type."""
+    for f in fields(config_class):
+        if "help" in f.metadata:
+            flag = argparse.BooleanOptionalAction
+            kind = {"action": flag} if f.type is bool else {"type": f.type}
+            settings = f.metadata | {"help": f"{f.metadata['help']} (default: {f.default})"}
+            group.add_argument("--" + f.name.replace("_", "-"), **kind, **settings)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -194,4 +204,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(main())

@@ -7,13 +7,13 @@
 import argparse
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import about, medians
 from config import ModelConfig
 from diffusion import GaussianDiffusion, guided
 from dit import DiT
 from inference import generate
-from runtime.flops import arithmetic
 from runtime.script import pick_device
 from runtime.speed import keep_freed_memory
 
@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     def fast() -> None:
         generate(model, y, sampler="ddim", steps=STEPS, guidance=args.guidance, diffusion=diffusion)
 
-    flops = arithmetic(lambda: network(x_T, torch.zeros_like(y), y))
+    with FlopCounterMode(display=False) as counter:
+        network(x_T, torch.zeros_like(y), y)
+    flops = counter.get_total_flops()
     times, rate = medians(device, {"plain": plain, "generate": fast}, args.rounds)
     print(f"{len(y)} images, guidance {args.guidance:g}: {flops / 1e9:.3f} GFLOP per step, "
           f"roofline {1000 * flops / rate:.2f} ms at {rate / 1e9:.0f} GFLOP/s")

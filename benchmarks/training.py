@@ -16,11 +16,11 @@ from unittest.mock import patch
 
 import torch
 from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from benchmarks.measure import about, medians
 from config import FAMILY, ModelConfig, TrainConfig
-from runtime.flops import arithmetic
 from runtime.pictures import DPI, save_picture, tidy
 from runtime.script import pick_device
 from runtime.speed import keep_freed_memory
@@ -46,7 +46,10 @@ def training_step(cfg: TrainConfig, fast: bool) -> Callable[[], object]:
 def measure(cfg: TrainConfig, rounds: int, kinds: list[str]) -> tuple[dict[str, float], float, int]:
     """Seconds per step of each kind, the roofline in seconds, and the operations per step."""
     steps = {kind: training_step(cfg, fast=kind == "compiled") for kind in kinds}
-    flops = arithmetic(training_step(replace(cfg, optimizer="adamw"), fast=False))
+    plain_step = training_step(replace(cfg, optimizer="adamw"), fast=False)
+    with FlopCounterMode(display=False) as counter:
+        plain_step()
+    flops = counter.get_total_flops()
     times, rate = medians(torch.device(cfg.device), steps, rounds, IN_A_ROW)
     return times, flops / rate, flops
 

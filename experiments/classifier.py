@@ -21,7 +21,7 @@ from dataset import Digits, load_mnist
 from evaluate import Classifier
 from runtime.checkpoint import save_checkpoint
 from runtime.files import check_files
-from runtime.script import exit_status, run_script
+from runtime.script import exit_status
 
 
 def augmented(images: Tensor) -> Tensor:
@@ -63,4 +63,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(main())

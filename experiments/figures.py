@@ -52,7 +52,7 @@ from experiments.study import (
 from experiments.tables import all_tables
 from runtime.files import write_atomically
 from runtime.pictures import save_picture, tile
-from runtime.script import exit_status, run_script
+from runtime.script import exit_status
 
 
 def figure5(rows: Rows) -> Figure:
@@ -127,4 +127,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(main())

@@ -45,7 +45,7 @@ from runtime.checkpoint import CheckpointError, checksum
 from runtime.files import write_atomically
 from runtime.pictures import as_bytes
 from runtime.run import RunFiles
-from runtime.script import TrainingError, exit_status, pick_device, run_script
+from runtime.script import TrainingError, exit_status, pick_device
 from runtime.speed import keep_freed_memory
 
 RUNS = Path(__file__).with_name("runs")  # the state of the runs; not in git
@@ -178,4 +178,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(main())

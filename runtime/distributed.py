@@ -1,19 +1,16 @@
 """Several processes that share the work of each batch, as torchrun starts them; otherwise, one.
 
-Every process draws the same random numbers for the whole batch and computes its share of it, so
-that the number of processes changes the result only by rounding.
+All draw the random numbers of the whole batch, so that their number changes only the rounding.
 """
 
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed, nn
-
-from runtime.checkpoint import checksum
 
 
 @dataclass(frozen=True)
@@ -46,27 +43,12 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is true in one of the processes."""
-        return bool(self._max(int(flag)))
-
-    def same(self, content: object) -> bool:
-        """Whether all processes have this content, tensors or plain values."""
-        digest = int(checksum(content)[:15], 16) if self.size > 1 else 0
-        return self._max(digest) == -self._max(-digest)
-
-    def _max(self, number: int) -> int:
-        if self.size > 1:
-            numbers = torch.tensor(number)  # on the CPU, where reading it waits for no GPU
-            distributed.all_reduce(numbers, op=distributed.ReduceOp.MAX)
-            number = int(numbers)
-        return number
+        return bool(self.mean(torch.tensor(float(flag))))  # on the CPU, which waits for no GPU
 
 
 @contextmanager
 def joined_ranks(device: torch.device) -> Iterator[Ranks]:
-    """The processes of this run, connected within the context: GPUs by NCCL, else by Gloo.
-
-    device: this process's own.
-    """
+    """The processes of this run, connected within the context: GPUs by NCCL, else by Gloo."""
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # each machine has its own
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks(restarted=restarts > 0)
@@ -85,7 +67,6 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and own_gpu else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        ranks = Ranks(rank, size)
-        yield replace(ranks, restarted=ranks.any(restarts > 0))
+        yield Ranks(rank, size, restarts > 0)
     finally:
         distributed.destroy_process_group()

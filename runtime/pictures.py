@@ -1,9 +1,8 @@
-"""One style for all pictures, whatever the user's matplotlib is set to."""
+"""One style for all pictures."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib.style
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,22 +15,11 @@ from runtime.files import write_atomically
 
 GAP, ZOOM = 2, 2  # pixels between two images; screen pixels per pixel
 DPI = 128  # a power of two: pixels / DPI * DPI is exact, so that no row of pixels is lost
-MAX_SIDE, MAX_AREA = 65_000, 2**27  # pixels: JPEG's limit is 65,500, GIF's a bit higher; memory
 
 
 def save_picture(path: Path, make: Callable[[], Figure]) -> None:
-    """Make a figure with matplotlib's own defaults and write it. Atomic; OSError if it fails."""
-    def write(temporary: Path) -> None:
-        with matplotlib.style.context("default"):
-            make().savefig(temporary)
-
-    write_atomically(path, write)
-
-
-def fits(rows: int, columns: int, side: int) -> bool:
-    """Whether a grid of images, side x side pixels each, can be written in every format."""
-    height, width = ((side + GAP) * ZOOM * count for count in (rows, columns))
-    return max(height, width) <= MAX_SIDE and height * width <= MAX_AREA
+    """Make a figure and write it. Atomic; OSError if it fails."""
+    write_atomically(path, lambda temporary: make().savefig(temporary))
 
 
 def denser_at_the_end(values: list[int], count: int) -> list[int]:
@@ -45,10 +33,7 @@ def denser_at_the_end(values: list[int], count: int) -> list[int]:
 
 
 def tile(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of images on one white canvas, (rows (H + GAP), columns (W + GAP)).
-
-    Each row is (columns, 1, H, W) in [-1, 1].
-    """
+    """Rows of images, each (columns, 1, H, W) in [-1, 1], on one white canvas."""
     images = torch.stack(list(rows))[:, :, 0].clamp(-1, 1)  # (rows, columns, H, W)
     framed = F.pad(images, (0, GAP, 0, GAP), value=1.0)
     return framed.transpose(1, 2).flatten(2, 3).flatten(0, 1)

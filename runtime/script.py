@@ -2,11 +2,8 @@
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import fields
 
 import torch
 
@@ -14,71 +11,24 @@ from config import SettingError
 from dataset import DataError
 from runtime.checkpoint import CheckpointError
 
-# As CUDA, the CPU and Windows say it
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # GPU, CPU, Windows
 
 
 class TrainingError(Exception):
     """Training cannot start or continue; the message says why."""
 
 
-class Stopped(Exception):
-    """A signal ended the work, which was saved. Its arguments: a sentence, the signal's number."""
-
-
-class Stream:
-    """A text stream that drops what it cannot write: a closed pipe does not stop hours of work."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
-        self.stream.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
-        with suppress(OSError, ValueError):  # ValueError: it is closed
-            self.stream.write(text)
-
-    def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            self.stream.flush()
-
-
-def run_script(main: Callable[[], int]) -> int:
-    """main() as a process of its own: its streams cannot fail, Ctrl-C is a KeyboardInterrupt."""
-    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by `before_torch`
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    return main()
-
-
-def add_config_options(group, config_class: type) -> None:
-    """One option per field that has a help text, of the field's type."""
-    for f in fields(config_class):
-        if "help" in f.metadata:
-            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-            text = f"{f.metadata['help']} (default: {f.default})"
-            group.add_argument("--" + f.name.replace("_", "-"), **kind, **f.metadata | {"help": text})
-
-
 def exit_status(parser: argparse.ArgumentParser, work: Callable[[], None]) -> int:
-    """The exit status of `work`: 0, 1 after an error message, 128 + n after signal n."""
+    """The exit status of `work`: 0, or 1 or 2 after an error message of one sentence."""
     try:
         work()
         return 0
-    except Stopped as stop:
-        print(stop.args[0])
-        return 128 + stop.args[1]
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except SettingError as error:
         parser.error(str(error))
     except (CheckpointError, DataError, FloatingPointError, OSError, TrainingError) as error:
         sentence = str(error)
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError) or any(word in str(error) for word in OUT_OF_MEMORY)
-        if not known:
+        if not isinstance(error, MemoryError) and not any(w in str(error) for w in OUT_OF_MEMORY):
             raise
         sentence = "out of memory: try fewer images at a time, or a smaller network"
     print(f"{parser.prog}: error: {sentence}", file=sys.stderr)

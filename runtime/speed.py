@@ -1,7 +1,4 @@
-"""What makes the scripts fast; it changes results by rounding only, and the other files can be read without it.
-
-How much each part gains: benchmarks/README.md.
-"""
+"""What makes the scripts fast, at the cost of rounding only: see benchmarks/README.md."""
 
 import ctypes
 import os
@@ -14,65 +11,57 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dit import DiT
-from runtime.fused import fused
+from runtime.fused import first_line, fused
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's <malloc.h>
 PLAIN_CALLS = 3  # before a CUDA graph: they create what is created once, such as momenta
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep the memory of a finished step for the next one, for the rest of this process.
+    """Have glibc keep the memory of a finished step for the next one, until the process ends.
 
-    glibc hands freed megabytes back to Linux, which zeroes every page of them before the next step may write there. Without
-    this, a step of 300 images takes 1.28 times as long. Does nothing where there is no glibc.
+    Else it returns it to Linux, which zeroes each page again: 1.28 times as long for 300 images.
     """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt:
-            mallopt(M_MMAP_MAX, 0)
-            mallopt(M_TRIM_THRESHOLD, -1)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def compiled(model: DiT, batch_size: int) -> nn.Module:
-    """The network with its blocks in C++ where that is possible, else torch.compile(model), tried on one batch.
+    """The network with its blocks in C++ where possible, else torch.compile(model).
 
-    C++ makes a training step twice as fast, torch.compile on a GPU 1.6 times. `model` itself, and one line that says why,
-    where neither works.
+    C++ makes a training step twice as fast, torch.compile on a GPU 1.6 times. Where neither works,
+    `model` itself, and one line that says why.
     """
     network = fused(model)
     if network is not model:
         return network
     config, device = model.config, model.pos_embed.device
-    x_t = torch.zeros(batch_size, config.in_channels, config.image_size, config.image_size, device=device)
-    t = y = torch.zeros(batch_size, dtype=torch.long, device=device)
-    if model.training and os.environ.get("RANK", "0") == "0":  # once: not for the EMA model, nor in each process of torchrun
+    size = (batch_size, config.in_channels, config.image_size, config.image_size)
+    x_t, t = torch.zeros(size, device=device), torch.zeros(batch_size, device=device).long()
+    if model.training and os.environ.get("RANK", "0") == "0":  # once, not for the EMA model too
         tqdm.write("compiling the network; --no-compile skips this")
-    warnings.filterwarnings("ignore", "TensorFloat32")  # which gains nothing at these widths (benchmarks/README.md)
-    # On a GPU, CUDA graphs: the kernels of so small a network take less time than Python needs to start them.
+    warnings.filterwarnings("ignore", "TensorFloat32")  # which gains nothing at these widths
+    # CUDA graphs: a GPU computes these small kernels faster than Python starts them.
     graphs = x_t.is_cuda and not records(device)  # which has a graph of the whole step
     network = torch.compile(model, dynamic=False, mode="reduce-overhead" if graphs else "default")
     try:
         with torch.set_grad_enabled(model.training):
-            out = network(x_t, t, y)
+            out = network(x_t, t, t)
         if model.training:
             out.sum().backward()
         return network
-    except Exception as error:  # a compiler fails in as many ways as there are machines; the plain network never does
-        tqdm.write(f"continuing without compilation, which is slower: {sentence(error)}")
+    except Exception as error:  # a compiler fails in as many ways as there are machines
+        tqdm.write(f"continuing without compilation, which is slower: {first_line(error)}")
         return model
     finally:
         model.zero_grad()
 
 
-def sentence(error: BaseException) -> str:
-    """The first line of its message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def records(device: torch.device) -> bool:
     """Whether `recorded` makes CUDA graphs: on one GPU."""
-    # Until a GPU has run its tests (python -m benchmarks.gpu), only on demand.
-    asked = os.environ.get("DIT_RECORD") == "1"
+    asked = os.environ.get("DIT_RECORD") == "1"  # until a GPU has run benchmarks.gpu
     return asked and device.type == "cuda" and os.environ.get("WORLD_SIZE", "1") == "1"
 
 
@@ -81,11 +70,10 @@ def recorded(function: Callable[..., Tensor], device: torch.device,
              after_failure: Callable[[], object] = lambda: None) -> Callable[..., Tensor]:
     """`function`, recorded on a GPU as a CUDA graph in its fourth call; later calls replay it.
 
-    Python takes longer to start hundreds of small kernels than a GPU to run them.
     function: takes tensors and numbers, of the same shapes in every call, and returns a tensor. It
-    gets numbers as tensors, (), because a graph would repeat a number. What it does in Python, such
-    as counting, happens only in its first four calls. generator: of its random numbers.
-    after_failure: undoes half a call. Then one line says why, and all calls are plain.
+    gets numbers as tensors, (), because a graph would repeat a number. Its Python runs in the first
+    four calls only. generator: of its random numbers. after_failure: undoes half a call; then one
+    line says why, and all calls are plain.
     """
     if not records(device):
         return function
@@ -109,20 +97,21 @@ def recorded(function: Callable[..., Tensor], device: torch.device,
             torch.cuda.current_stream(device).wait_stream(stream)
             return out
         try:
-            replay = replay or captured(function, inputs, stream, generator)
+            graph, out = replay = replay or captured(function, inputs, stream, generator)
         except Exception as error:  # what a graph cannot hold, such as .item(), or out of memory
             tqdm.write("continuing without a CUDA graph, which is slower: "
-                       f"{sentence(error.__context__ or error)}")
+                       f"{first_line(error.__context__ or error)}")
             after_failure()
             return function(*values)
-        return replay().clone()
+        graph.replay()
+        return out.clone()
 
     return call
 
 
 def captured(function: Callable[..., Tensor], inputs: list[Tensor], stream: torch.cuda.Stream,
-             generator: torch.Generator | None) -> Callable[[], Tensor]:
-    """function(*inputs) as a CUDA graph: a call runs it, and gives the same tensor every time."""
+             generator: torch.Generator | None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """function(*inputs) as a CUDA graph, and its result, which every replay overwrites."""
     graph = torch.cuda.CUDAGraph()
     if generator:
         before = generator.clone_state()
@@ -134,9 +123,4 @@ def captured(function: Callable[..., Tensor], inputs: list[Tensor], stream: torc
         if generator:  # a failed capture leaves it unusable
             generator.graphsafe_set_state(before.graphsafe_get_state())
         raise
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay
+    return graph, out

@@ -5,10 +5,9 @@ import signal
 
 
 def before_torch() -> None:
-    """Let Ctrl-C end the imports without a traceback, and waiting OpenMP threads sleep soon."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    """Let Ctrl-C end the script without a traceback, and waiting OpenMP threads sleep soon."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which `&` in a shell script sets
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # They spin for milliseconds. When another program takes one core from them, that can make
-    # sampling on two cores several times slower: benchmarks/README.md.
+    # They spin for milliseconds, which slows down two programs at once: benchmarks/README.md.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -1,7 +1,6 @@
 """What the tests share: a network whose gates are open, calls of scripts, a folder's content."""
 
 import functools
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -73,14 +72,6 @@ def refused(call):
             assert err.count("error:") == 1 and len(err.strip().splitlines()) == 1, err
 
     return check
-
-
-@pytest.fixture(scope="session")
-def forked():
-    """Makes processes that are forked from one that has imported torch, which takes seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
-    return context
 
 
 TINY = ("--data-dir", ROOT / "mnist", "--limit", 300, "--batch-size", 100, "--hidden-size", 16,

@@ -14,8 +14,6 @@ from conftest import ROOT, TINY, content
 from test_train import FILES, rows
 
 from runtime.checkpoint import load_model
-from runtime.distributed import Ranks
-from train import main as train_main
 
 OPTIONS = [*map(str, TINY), "--epochs", "4", "--lr", "0.01", "--optimizer", "adamw"]
 
@@ -37,7 +35,7 @@ def finish(process) -> str:
 
 def ema_and_curve(folder):
     curve = [(float(row["train_loss"]), float(row["test_loss"])) for row in rows(folder)]
-    return load_model(folder / "model.pth")[0].state_dict(), curve
+    return dict(load_model(folder / "model.pth")[0].state_dict()), torch.tensor(curve)
 
 
 @pytest.fixture(scope="module")
@@ -50,40 +48,26 @@ def one_process(tmp_path_factory):
 
 def assert_same(folder, expected):
     ema, curve = ema_and_curve(folder)
-    torch.testing.assert_close(dict(ema), dict(expected[0]), rtol=1e-3, atol=1e-4)
-    assert len(curve) == 4
-    torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected[1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ema, expected[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(curve, expected[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("option", ["--no-compile", "--compile"])
-def test_two_processes_give_what_one_gives(option, tmp_path, one_process):
-    finish(torchrun(option, cwd=tmp_path))
-    assert_same(tmp_path, one_process)
-    assert content(tmp_path).keys() == FILES
-
-
-def kill_the_last_worker_after_a_checkpoint(process, folder) -> int:
-    """Returns the step of the checkpoint that was there."""
-    deadline = time.monotonic() + 120
-    while not (folder / "model.pth").exists() and time.monotonic() < deadline:
+def kill_the_last_worker_after_a_checkpoint(process, folder):
+    while not (folder / "model.resume.pth").exists() and process.poll() is None:
         time.sleep(0.01)
-    step = load_model(folder / "model.pth")[1]["step"]
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
     os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
-    return step
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_process_is_restarted_and_the_run_continues(tmp_path, one_process, processes):
-    (tmp_path / "model.resume.pth").write_text("of an earlier run")
-    process = torchrun("--checkpoint-every", 1, cwd=tmp_path, processes=processes, restarts=1)
-    step = kill_the_last_worker_after_a_checkpoint(process, tmp_path)
+def test_a_killed_process_is_restarted_and_the_run_continues(tmp_path, one_process):
+    """And it ends where one process does, with the same files."""
+    process = torchrun("--checkpoint-every", 1, "--compile", cwd=tmp_path, restarts=1)
+    kill_the_last_worker_after_a_checkpoint(process, tmp_path)
     out = finish(process)
-    assert step < 12 and re.search(r"resumed at step \d+", out), out
+    assert re.search(r"resumed at step \d+ of 12", out), out
     assert_same(tmp_path, one_process)
-    assert (tmp_path / "model.old-1.resume.pth").read_text() == "of an earlier run"
+    assert content(tmp_path).keys() == FILES
 
 
 @pytest.mark.slow
@@ -96,75 +80,21 @@ def test_two_machines_and_the_death_of_one_of_their_processes(tmp_path, one_proc
                 f"--rdzv-endpoint=localhost:{port}")
     first, second = (torchrun("--checkpoint-every", 1, cwd=tmp_path, processes=1, restarts=2,
                               machines=machines) for _ in range(2))
-    step = kill_the_last_worker_after_a_checkpoint(second, tmp_path)
+    kill_the_last_worker_after_a_checkpoint(second, tmp_path)
     outs = [finish(process) for process in (first, second)]
-    assert step < 12 and re.search(r"resumed at step \d+", "".join(outs)), outs
+    assert re.search(r"resumed at step \d+ of 12", "".join(outs)), outs
     assert_same(tmp_path, one_process)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill", [
-    lambda pid: os.kill(pid, signal.SIGTERM), lambda pid: os.killpg(pid, signal.SIGINT)])
-def test_a_signal_stops_all_processes_after_saving(tmp_path, one_process, kill):
-    """SIGTERM for torchrun, which passes it on; Ctrl-C for all, which torchrun sends once more."""
+def test_ctrl_c_stops_all_processes_after_saving(tmp_path, one_process):
+    """It reaches all of them, and torchrun sends it once more."""
     process = torchrun("--checkpoint-every", 1000, cwd=tmp_path)
-    bar = ""
-    while "train_loss" not in bar:  # the first epoch is over
-        bar += process.stdout.read(1)
-    kill(process.pid)
+    log = ""
+    while "train_loss" not in log:  # the first epoch is over
+        log += process.stdout.read(1)
+    os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=240)
     assert load_model(tmp_path / "model.pth")[1]["step"] < 12
     finish(torchrun("--checkpoint-every", 1000, "--resume", cwd=tmp_path))
     assert_same(tmp_path, one_process)
-
-
-@pytest.mark.slow
-def test_with_muon_the_losses_are_the_same(tmp_path, train_tiny):
-    options = (*OPTIONS[-6:], "--optimizer", "muon")
-    assert train_tiny(tmp_path / "one", *options)[0] == 0
-    finish(torchrun(*options, cwd=tmp_path))
-    curves = (torch.tensor(ema_and_curve(folder)[1]) for folder in (tmp_path, tmp_path / "one"))
-    torch.testing.assert_close(*curves, rtol=1e-4, atol=1e-5)
-
-
-def train_as_rank(rank, port, folder, options):
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
-                      MASTER_PORT=str(port))
-    with open(folder / f"err{rank}", "w") as err:
-        os.dup2(err.fileno(), 2)
-        torch.set_num_threads(1)
-        os._exit(train_main([*OPTIONS, "--checkpoint", str(folder / "model.pth"), *options]))
-
-
-DIFFERENT = "the processes of this run have different options"
-
-
-@pytest.mark.parametrize(("options", "other", "sentence"), [
-    ("", "--lr 0.02", DIFFERENT), ("", "--seed 9", DIFFERENT), ("", "--depth 2", DIFFERENT),
-    ("", "--batch-size 75", DIFFERENT), ("", "--no-compile --data-dir DATA", ""),
-    ("--batch-size 75", "--batch-size 75", "a batch of 75 cannot be shared evenly by 2 processes")])
-def test_processes_need_the_same_options(tmp_path, forked, options, other, sentence):
-    """Except for what belongs to a machine."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    (tmp_path / "data").symlink_to(ROOT / "mnist")
-    other = other.replace("DATA", str(tmp_path / "data"))
-    processes = [forked.Process(target=train_as_rank, args=(rank, port, tmp_path, words.split()))
-                 for rank, words in enumerate((options, other))]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [int(bool(sentence))] * 2
-    for rank in (0, 1) if sentence else ():
-        assert (tmp_path / f"err{rank}").read_text() == f"train.py: error: {sentence}\n"
-    assert (tmp_path / "model.pth").exists() == (not sentence)
-
-
-def test_one_process_needs_no_connection():
-    alone = Ranks()
-    x = torch.arange(6)
-    assert torch.equal(alone.share(x)[0], x) and torch.equal(alone.mean(x), x)
-    assert alone.leads and alone.any(True) and alone.same([x])
-    assert torch.equal(torch.cat([Ranks(rank, 3).share(x)[0] for rank in range(3)]), x)

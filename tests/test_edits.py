@@ -1,6 +1,7 @@
 """What is read is what runs: a line of a copy's source is edited; training and sampling obey."""
 
 import functools
+import multiprocessing
 import os
 import shutil
 import sys
@@ -40,9 +41,11 @@ KEPT = {
 
 
 @pytest.fixture(scope="module")
-def process(forked):
+def process():
     """process(function, arguments): its result, from a process of its own."""
     block_library(49, 64, 4, 256)  # compiled once, and copied
+    forked = multiprocessing.get_context("forkserver")  # with torch imported already
+    forked.set_forkserver_preload(["train"])
     with forked.Pool(1, maxtasksperchild=1) as pool:
         yield pool.apply
 

@@ -4,9 +4,7 @@ import csv
 import math
 import os
 import re
-import shutil
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from unittest import mock
 
@@ -15,14 +13,13 @@ import torch
 from conftest import ROOT, TINY, content, run_script
 
 import train
-from config import BLOCKS, FAMILY, PAPER, ModelConfig, TrainConfig
+from config import PAPER, ModelConfig, TrainConfig
 from dataset import load_mnist
 from diffusion import GaussianDiffusion
 from dit import DiT
 from inference import generate
-from runtime import run
 from runtime.checkpoint import checksum, load_checkpoint, load_model, save_checkpoint
-from runtime.run import STATE, STOP_SIGNALS
+from runtime.run import STATE
 
 FILES = {"model.pth", "model.resume.pth", "loss.csv", "loss.png", "samples.png"}
 
@@ -69,10 +66,10 @@ def signals_at(monkeypatch, step, *numbers):
 # The parts of the loop
 
 def test_learning_rate():
-    constant, cosine = (TrainConfig(lr=2.0, lr_schedule=schedule) for schedule in ("constant", "cosine"))
-    assert [train.learning_rate(step, constant, 100) for step in (0, 50, 99)] == [2, 2, 2]
-    assert [train.learning_rate(step, cosine, 100) for step in (0, 25, 50)] == pytest.approx([2, 1 + 0.5**0.5, 1])
-    assert 0 < train.learning_rate(99, cosine, 100) < 0.001
+    constant, cosine = ([train.learning_rate(step, TrainConfig(lr=2.0, lr_schedule=kind), 100)
+                         for step in (0, 25, 50, 99)] for kind in ("constant", "cosine"))
+    assert constant == [2, 2, 2, 2]
+    assert cosine == pytest.approx([2, 1 + 0.5**0.5, 1, 0], abs=0.001)
 
 
 def test_ema_with_its_ramp():
@@ -93,24 +90,23 @@ def test_optimizers_hold_every_parameter_once():
     for kind, count in (("adamw", 1), ("muon", 2)):
         model = DiT(ModelConfig())
         optimizers = train.make_optimizers(model, TrainConfig(optimizer=kind))
-        held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        assert len(optimizers) == count and sorted(map(id, held)) == sorted(map(id, model.parameters()))
+        held = [id(p) for optimizer in optimizers for p in optimizer.param_groups[0]["params"]]
+        assert len(optimizers) == count and sorted(held) == sorted(map(id, model.parameters()))
         assert optimizers[0].param_groups[0]["weight_decay"] == 0
     in_muon = {id(p) for p in optimizers[1].param_groups[0]["params"]}
     assert {name for name, p in model.blocks[0].named_parameters() if id(p) in in_muon} == {
-        "attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight", "adaLN_modulation.1.weight"}
+        "attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight",
+        "adaLN_modulation.1.weight"}
 
 
 def test_held_out_loss_is_comparable():
-    """The same at every call, untouched by and not touching the random state of training; each image counts once."""
+    """It depends on no random state; each image counts once."""
     digits = load_mnist(False, ROOT / "mnist", limit=260)
     model, diffusion = DiT(ModelConfig(depth=1)).eval(), GaussianDiffusion()
-    state = torch.get_rng_state()
-    first = train.held_out_loss(model, diffusion, train.held_out(diffusion, digits), "l1")
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(5)
-    assert train.held_out_loss(model, diffusion, train.held_out(diffusion, digits), "l1") == first
-    assert first == pytest.approx(math.sqrt(2 / math.pi), rel=0.01)  # E|eps|, as a new network predicts 0
+    first, second = (
+        train.held_out_loss(model, diffusion, train.held_out(diffusion, digits), "l1")
+        for _ in range(2))
+    assert first == second == pytest.approx(math.sqrt(2 / math.pi), rel=0.01)  # E|eps|
 
 
 # What a run draws and writes
@@ -123,27 +119,17 @@ def test_a_run_as_its_user_starts_it(tmp_path):
     assert info["step"] == 3 and info["recipe"]["seed"] == 3 and model.config.hidden_size == 16
     [row] = rows(tmp_path)
     assert list(row) == ["epoch", "step", "train_loss", "test_loss", "seconds"]
-    assert (row["epoch"], row["step"]) == ("1", "3")
     assert 0.1 < float(row["train_loss"]) < 0.9 and 0.7 < float(row["test_loss"]) < 0.9
     line = r"epoch 1, step 3, train_loss 0\.\d+, test_loss 0\.\d+, seconds \S+\n"
     assert re.fullmatch(line, done.stderr)  # and no bar, which is for terminals
-    sampled = run_script("inference.py", "--steps", 5, cwd=tmp_path)
-    assert sampled.returncode == 0, sampled.stderr
-    for picture in ("loss.png", "samples.png", "inference.png"):
+    for picture in ("loss.png", "samples.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-
-
-def test_it_learns(tmp_path, train_tiny):
-    assert train_tiny(tmp_path, "--epochs", 12, "--lr", 0.01, "--ema-decay", 0.9)[0] == 0
-    losses = [float(row["test_loss"]) for row in rows(tmp_path)]
-    assert len(losses) == 12 and losses[-1] < 0.6 < losses[0]
 
 
 def test_the_noise_of_a_seed_is_the_same_for_every_network(tmp_path, train_tiny, monkeypatch):
     """Images, labels, t and eps do not depend on how many initial values a network draws."""
     drawn = []
-    for number, options in enumerate((*(("--block", block) for block in BLOCKS),
-                                      ("--hidden-size", 32, "--depth", 2), ("--seed", 1))):
+    for number, options in enumerate(((), ("--block", "in-context", "--depth", 2), ("--seed", 1))):
         with monkeypatch.context() as patch:
             batches = []
             watch_loss(patch, lambda step, *batch, all=batches: all.append(checksum(batch)))
@@ -152,32 +138,6 @@ def test_the_noise_of_a_seed_is_the_same_for_every_network(tmp_path, train_tiny,
     *same, other = drawn
     assert len(set(same[0])) == 3 and all(batches == same[0] for batches in same)
     assert not set(other) & set(same[0])
-
-
-def test_samples_change_no_random_number(tmp_path, train_tiny, monkeypatch):
-    a, b = tmp_path / "a", tmp_path / "b"
-    assert train_tiny(a, "--epochs", 2)[0] == 0
-    monkeypatch.setattr(train, "samples_due", lambda *args: False)
-    torch.manual_seed(99)
-    assert train_tiny(b, "--epochs", 2)[0] == 0
-    states = [load_checkpoint(folder / "model.resume.pth", STATE) for folder in (a, b)]
-    for entry in ("weights", "ema", "optimizers", "noise", "order"):
-        assert checksum(states[0][entry]) == checksum(states[1][entry])
-    assert content(b).keys() == FILES - {"samples.png"}
-
-
-def test_when_checkpoints_are_saved(tmp_path, train_tiny, monkeypatch):
-    """Every so many steps and at the end, but not at step 0."""
-    saved, save = [], run.save_checkpoint
-
-    def watched(path, state):
-        saved.append((path.name, state["step"]))
-        save(path, state)
-
-    monkeypatch.setattr(run, "save_checkpoint", watched)
-    assert train_tiny(tmp_path, "--epochs", 3, "--checkpoint-every", 4)[0] == 0
-    assert saved == [(name, step) for step in (4, 8, 9)
-                     for name in ("model.resume.pth", "model.pth")]
 
 
 def test_training_loss_is_the_mean_of_the_epoch(tmp_path, train_tiny, monkeypatch):
@@ -191,32 +151,21 @@ def test_another_run_is_kept_and_can_continue(tmp_path, train_tiny):
     (tmp_path / "model.old-1.loss.csv").write_text("precious")
     assert train_tiny(tmp_path, "--seed", 1)[0] == 0
     first = content(tmp_path)
-    old = ("--checkpoint", tmp_path / "model.old-2.pth")
     status, out, _ = train_tiny(tmp_path)
-    assert status == 0 and f"--resume --checkpoint {old[1]} continues it" in out
+    assert status == 0 and "model.old-2.pth" in out
     second = content(tmp_path)
     for name in FILES:
-        kept = f"model.old-2.{name.removeprefix('model.')}"
-        assert second[kept][0] == first[name][0]
+        assert second[f"model.old-2.{name.removeprefix('model.')}"][0] == first[name][0]
+    old = ("--checkpoint", tmp_path / "model.old-2.pth")
     assert train_tiny(tmp_path, *old, "--seed", 1, "--epochs", 2, "--resume")[0] == 0
     after = content(tmp_path)
     assert load_model(old[1])[1]["step"] == 6
-    assert all(after[name] == second[name] for name in FILES)
-    assert (tmp_path / "model.old-1.loss.csv").read_text() == "precious"
-
-
-def test_what_torchrun_restarts_continues(tmp_path, train_tiny, monkeypatch):
-    done = []
-    watch_loss(monkeypatch, lambda step, *batch: done.append(step))
-    with mock.patch.dict(os.environ, {"TORCHELASTIC_RESTART_COUNT": "1"}):
-        for _ in range(2):
-            assert train_tiny(tmp_path)[0] == 0
-    assert len(done) == 3 and content(tmp_path).keys() == FILES
+    assert all(after[name] == second[name] for name in (*FILES, "model.old-1.loss.csv"))
 
 
 # Stopping and continuing
 
-@pytest.mark.parametrize("number", STOP_SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_after_saving(tmp_path, train_tiny, monkeypatch, number):
     """Also when it comes twice, as torchrun and timeout send it."""
     before = signal.getsignal(number)
@@ -227,31 +176,9 @@ def test_a_signal_stops_after_saving(tmp_path, train_tiny, monkeypatch, number):
     assert signal.getsignal(number) is before
 
 
-def test_a_signal_that_was_ignored_stays_ignored(tmp_path, train_tiny, monkeypatch):
-    """nohup ignores SIGHUP, a shell's `train.py &` SIGINT."""
-    before = {number: signal.signal(number, signal.SIG_IGN)
-              for number in (signal.SIGHUP, signal.SIGINT)}
-    try:
-        signals_at(monkeypatch, 2, *before)
-        assert train_tiny(tmp_path)[0] == 0
-        assert all(signal.getsignal(number) is signal.SIG_IGN for number in before)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def test_training_in_a_thread(tmp_path, train_tiny):
-    """Where Python handles no signal; they stay the caller's business."""
-    before = [signal.getsignal(number) for number in STOP_SIGNALS]
-    with ThreadPoolExecutor() as pool:
-        assert pool.submit(train_tiny, tmp_path).result()[0] == 0
-    assert load_model(tmp_path / "model.pth")[1]["step"] == 3
-    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
-
-
 @pytest.mark.parametrize(("step", "options"), [  # 3 steps per epoch: also its first and last one
-    (1, ()), (3, ("--block", "in-context")), (4, ("--optimizer", "adamw")),
-    (8, ("--loss", "mse", "--min-snr", 0)), (9, ("--learn-sigma", "--seed", 2**32 - 1))])
+    (1, ("--compile",)), (3, ("--block", "in-context", "--loss", "mse")),
+    (8, ("--optimizer", "adamw", "--learn-sigma")), (9, ("--seed", 2**32 - 1))])
 def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, train_tiny, monkeypatch, step,
                                                       options):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -267,100 +194,35 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, train_tiny, monk
     assert (whole / "samples.png").read_bytes() == (stopped / "samples.png").read_bytes()
 
 
-def test_more_epochs_may_follow(tmp_path, train_tiny):
-    whole, longer = tmp_path / "whole", tmp_path / "longer"
-    constant = ("--lr-schedule", "constant")  # a cosine would be stretched over both epochs
-    assert train_tiny(whole, *constant, "--epochs", 2)[0] == 0
-    assert train_tiny(longer, *constant)[0] == 0
-    status, out, _ = train_tiny(longer, *constant, "--epochs", 2, "--resume")
-    assert status == 0 and run_state(whole) == run_state(longer)
-    assert "resumed at step 3 of 6 (--epochs 2, before 1)" in out
-
-
-@pytest.fixture(scope="module")
-def two_epochs(tmp_path_factory):
-    """A run of 6 steps. Its state is at the last one, with the first epoch in the curve."""
-    folder = tmp_path_factory.mktemp("two")
-    options = ("--checkpoint", folder / "model.pth", *TINY, "--epochs", 2)
-    assert train.main([str(option) for option in options]) == 0
-    return folder
-
-
-@pytest.fixture
-def changed(tmp_path, two_epochs):
-    """changed(statement): the same run after that was done to the `state` in its file."""
-    def change(statement):
-        folder = shutil.copytree(two_epochs, tmp_path / "changed")
-        state = load_checkpoint(folder / "model.resume.pth", STATE)
-        del state["sha256"]
-        adamw, muon = state["optimizers"]
-        exec(statement, globals(), {"state": state, "adamw": adamw, "muon": muon,
-                                    "first": adamw["state"][0], "group": adamw["param_groups"][0]})
-        save_checkpoint(folder / "model.resume.pth", state)
-        return folder
-
-    return change
-
-
-@pytest.mark.parametrize("statement", [
-    "state['noise'] = torch.zeros(16, dtype=torch.uint8)",  # of a GPU: t and eps start afresh
-    "del state['recipe']['min_snr'], state['recipe']['model']['block']",  # from before they existed
-    "del state['schedule']"])
-def test_a_state_from_elsewhere_continues(changed, train_tiny, statement):
-    folder = changed(statement)
-    status, _, err = train_tiny(folder, "--epochs", 3, "--resume")
-    assert status == 0 and len(rows(folder)) == 3, err
-
-
-@pytest.mark.parametrize("statement", [
-    "state['step'] = 0", "state['step'] = -5", "state['step'] = 2", "state['step'] = 14",
-    "state.update(step=9, curve=state['curve'] * 3)", "state['curve'].append({})",
-    "state['curve'][0]['step'] = 2", "state['curve'][0]['test_loss'] = 'x'",
-    "state['curve'][0]['seconds'] = math.nan", "state['seconds'] = math.inf",
-    "state['weights'] = {}", "state['weights']['pos_embed'][0] = math.inf",
-    "state['ema']['pos_embed'] *= math.nan", "state['ema']['more'] = torch.zeros(1)",
-    "first['exp_avg'] = torch.zeros(1)", "first['exp_avg'] = torch.zeros(0)", "del first['step']",
-    "first['exp_avg'] = torch.zeros(1).expand(16, 1, 4, 4)", "first['exp_avg'] = 5",
-    "first['exp_avg_sq'] *= math.nan", "del first['exp_avg_sq']", "del muon['state'][0]",
-    "del group['betas']", "group['betas'] = None", "group['odd'] = 1", "group['params'].pop()",
-    "del adamw['param_groups']", "state['optimizers'].pop()", "state['optimizers'].reverse()",
-    "state['optimizers'] = [5, 5]",
-    "muon['state'][0] = {'momentum_buffer': muon['state'][0]['momentum']}",  # as torch's Muon has it
-    "state['noise'] = state['noise'][:-8]", "state['noise'] = torch.zeros(16)",
-    "state['noise'] *= 0", "state['order'] = torch.zeros(3)", "state['order'] *= 0",
-    "state['loss_sum'] = torch.zeros(2)", "state['loss_sum'] *= math.nan",
-    "state['samples'].append(5)", "state['samples'][0]['images'] = torch.zeros(10, 1, 28, 28)",
-    "state['schedule'] = [1000, 0.0001, 0.02, 0.1]", "state['recipe'] = {}",
-    "state['recipe']['model'] = 5"])
-def test_a_state_that_does_not_fit_is_refused_before_a_file_changes(changed, refused, statement):
-    folder = changed(statement)
-    before = content(folder)
-    refused(train.main, 1, "model.resume.pth", "--checkpoint", folder / "model.pth", *TINY,
+@pytest.mark.parametrize("change", [lambda value: value * math.nan, lambda value: value[:, 1:]])
+def test_weights_that_do_not_fit_are_refused_before_a_file_changes(tiny_checkpoint, tmp_path,
+                                                                   refused, change):
+    state = load_checkpoint(tiny_checkpoint.with_name("model.resume.pth"), STATE)
+    state["ema"]["pos_embed"] = change(state["ema"]["pos_embed"])
+    del state["sha256"]
+    save_checkpoint(tmp_path / "model.resume.pth", state)
+    (tmp_path / "model.pth").write_text("precious")
+    before = content(tmp_path)
+    refused(train.main, 1, "model.resume.pth ", "--checkpoint", tmp_path / "model.pth", *TINY,
             "--epochs", 3, "--resume")
-    assert content(folder) == before
+    assert content(tmp_path) == before
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    (("--lr", 0.5, "--seed", 9), f"lr was {TrainConfig().lr} and is 0.5, seed was 0 and is 9"),
-    (("--depth", 2), "depth was 1 and is 2"),
-    (("--block", "adaLN"), "block was 'adaLN-Zero' and is 'adaLN'")])
-def test_another_recipe_is_refused_by_name(two_epochs, refused, options, words):
-    before = content(two_epochs)
-    refused(train.main, 1, words, "--checkpoint", two_epochs / "model.pth", *TINY, *options,
-            "--resume")
-    assert content(two_epochs) == before
+def test_another_recipe_is_refused_by_name(tiny_checkpoint, refused):
+    before = content(tiny_checkpoint.parent)
+    refused(train.main, 1, "seed was 0 and is 9, block was 'adaLN-Zero' and is 'adaLN'", *TINY,
+            "--checkpoint", tiny_checkpoint, "--seed", 9, "--block", "adaLN", "--resume")
+    assert content(tiny_checkpoint.parent) == before
 
 
 # What goes wrong
 
-@pytest.mark.parametrize("step", [1, 7])
-def test_a_loss_that_is_not_finite_is_not_saved(tmp_path, train_tiny, monkeypatch, step):
+def test_a_loss_that_is_not_finite_is_not_saved(tmp_path, train_tiny, monkeypatch):
     """Nor are other weights lost."""
     (tmp_path / "model.pth").write_text("precious")
-    watch_loss(monkeypatch, lambda now, *args: math.nan if now == step else 1)
+    watch_loss(monkeypatch, lambda now, *args: math.nan if now == 7 else 1)
     status, _, err = train_tiny(tmp_path, "--epochs", 3)
-    assert status == 1 and "Traceback" not in err
-    assert "model.pth is left as last saved" in err.splitlines()[-1]
+    assert status == 1 and "model.pth is left as last saved" in err.splitlines()[-1]
     assert (tmp_path / "model.pth").read_text() == "precious"
 
 
@@ -379,18 +241,13 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, train_tiny, monkeyp
     assert not content(tmp_path)
 
 
-@pytest.mark.parametrize(("error", "status"), [
-    (KeyboardInterrupt(), 130), (MemoryError(), 1),
-    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 1),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1)])
-def test_an_end_before_the_first_step(tmp_path, train_tiny, monkeypatch, error, status):
-    monkeypatch.setattr(train, "load_mnist", mock.Mock(side_effect=error))
-    ended, _, err = train_tiny(tmp_path)
-    assert ended == status and ("train.py: error: out of memory" in err) == (status == 1)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_mistake_in_the_code_is_not_hidden(tmp_path, train_tiny, monkeypatch):
+def test_out_of_memory_is_one_sentence_and_a_mistake_in_the_code_is_not_hidden(
+        tmp_path, train_tiny, monkeypatch):
+    for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        monkeypatch.setattr(train, "load_mnist", mock.Mock(side_effect=error))
+        status, _, err = train_tiny(tmp_path)
+        assert status == 1 and "train.py: error: out of memory" in err
     monkeypatch.setattr(train, "load_mnist", mock.Mock(side_effect=RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
         train_tiny(tmp_path)
@@ -399,37 +256,16 @@ def test_a_mistake_in_the_code_is_not_hidden(tmp_path, train_tiny, monkeypatch):
 def test_nothing_to_resume_and_no_data(tmp_path, refused):
     options = ("--checkpoint", tmp_path / "model.pth", *TINY)
     refused(train.main, 1, "there is nothing to resume", *options, "--resume")
-    refused(train.main, 1, "train-images-idx3-ubyte.gz is missing", *options,
+    refused(train.main, 1, "train-images-idx3-ubyte.gz", *options,
             "--data-dir", tmp_path)
     assert not content(tmp_path)
 
 
-# The command line
-
-def test_without_options_it_is_the_recipe(call, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with mock.patch.object(train, "train") as started:
-        assert call(train.main, "--device", "cpu")[0] == 0
-    assert started.call_args.args[0] == TrainConfig(device="cpu")
-
-
-@pytest.mark.parametrize("name", ["DiT-S/4", "XL/7"])
-def test_models_by_name(tmp_path, call, name):
-    """The name sets the defaults; other options override them."""
-    options = ("--checkpoint", tmp_path / "model.pth", "--device", "cpu", "--model", name)
-    named = replace((PAPER | FAMILY)[name], in_channels=1, num_classes=10)
-    with mock.patch.object(train, "train") as started:
-        assert call(train.main, *options)[0] == 0
-        assert started.call_args.args[0].model == named
-        assert call(train.main, "--depth", 2, "--block", "adaLN", *options)[0] == 0
-        assert started.call_args.args[0].model == replace(named, depth=2, block="adaLN")
-
-
 def test_a_named_model_is_trained_and_samples(tmp_path, train_tiny):
-    """Its shape except for the width and depth of the tests: 32 x 32 pixels, learned variance."""
+    """The name sets the defaults, and the width and depth of the tests override them."""
     status, _, err = train_tiny(tmp_path, "--model", "DiT-S/8")
     assert status == 0, err
     model, _ = load_model(tmp_path / "model.pth")
-    config = model.config
-    assert (config.image_size, config.patch_size, config.learn_sigma) == (32, 8, True)
+    assert model.config == replace(PAPER["DiT-S/8"], in_channels=1, num_classes=10, hidden_size=16,
+                                   depth=1, num_heads=2)
     assert generate(model, [3], sampler="ddim", steps=2).shape == (1, 1, 32, 32)

@@ -42,11 +42,16 @@ def fused(model: DiT, frozen: bool = False) -> DiT:
             check_same(plain, in_cpp(plain))
         return in_cpp(model, frozen)
     except Exception as error:  # an edited network fails in as many ways as there are edits
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         if reason not in said:
             log.warning("plain PyTorch instead of C++, which is slower: %s", reason)
         said.add(reason)
         return model
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message, or its type if that is empty."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def in_cpp(model: DiT, frozen: bool = False) -> DiT:
@@ -73,7 +78,8 @@ class FusedBlocks(nn.Module):
             raise Unfit("the C++ takes float32 on a CPU")
         self.tokens, mlp_size = model.pos_embed.shape[1], self.blocks[0].mlp.fc1.out_features
         # Whole vectors: see W in dit_block.cpp.
-        if D > MAX_WIDTH or self.tokens > MAX_TOKENS or D // model.config.num_heads % 4 or mlp_size % 16:
+        if D > MAX_WIDTH or self.tokens > MAX_TOKENS or (
+                D // model.config.num_heads % 4 or mlp_size % 16):
             raise Unfit(f"the C++ does not take {self.tokens} tokens of {D} values, heads of "
                         f"{D // model.config.num_heads} and MLPs of {mlp_size}")
         layers = [(3 * D, D), (D, D), (mlp_size, D), (D, mlp_size)]
@@ -95,14 +101,17 @@ class FusedBlocks(nn.Module):
         K is 6 for adaLN-Zero and 4 for adaLN.
         """
         layers = [block.adaLN_modulation[1] for block in self.blocks]
-        return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+        weights, biases = zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
+        return torch.cat(weights), torch.cat(biases)
 
     @torch.no_grad()
     def pack(self, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The `Parameters` and `Transposed` of dit_block.cpp: (depth, values of a block) each."""
-        packed = torch.cat([values.flatten() for values in parameters]).reshape(len(self.blocks), -1)
+        packed = torch.cat([values.flatten() for values in parameters])
+        packed = packed.reshape(len(self.blocks), -1)
         transposed = torch.empty_like(packed)
-        self.library.transposed(*arguments(len(packed), packed, transposed), torch.get_num_threads())
+        self.library.transposed(*arguments(len(packed), packed, transposed),
+                                torch.get_num_threads())
         return packed, transposed
 
     @torch.autocast("cpu", enabled=False)  # the C++ takes float32
@@ -134,7 +143,8 @@ class BlocksFunction(torch.autograd.Function):
         out, saved = torch.empty_like(x), None
         if grad_enabled and any(ctx.needs_input_grad):
             saved = x.new_empty(depth, N, library.saved_floats())
-        library.blocks_forward(*arguments(depth, N, x, mod, *packed, out, saved), torch.get_num_threads())
+        library.blocks_forward(*arguments(depth, N, x, mod, *packed, out, saved),
+                               torch.get_num_threads())
         if saved is not None:
             ctx.library, ctx.shapes = library, [values.shape for values in parameters]
             ctx.save_for_backward(mod, packed[0], saved)

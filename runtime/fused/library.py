@@ -1,4 +1,4 @@
-"""dit_block.cpp as a library: compiled for a network's sizes when first used, then kept in a file."""
+"""dit_block.cpp as a library, compiled for a network's sizes when first used, then kept."""
 
 import ctypes
 import hashlib
@@ -44,7 +44,7 @@ def block_library(tokens: int, hidden_size: int, num_heads: int, mlp_size: int) 
 
 
 def library_folders() -> list[Path]:
-    """Where libraries are kept: next to the source, or, if that is read-only, in the user's cache."""
+    """Where libraries are kept: next to the source, or if that is read-only, in a cache."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     folders = [Path(__file__).with_name("__pycache__")]
     return [*folders, user / "dit-101"] if user.is_absolute() else folders

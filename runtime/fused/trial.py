@@ -1,4 +1,4 @@
-"""Do two versions of a network compute the same? Only a trial can tell: outputs, gradients, effects."""
+"""Do two versions of a network compute the same? A trial tells: outputs, gradients, effects."""
 
 import math
 import random
@@ -53,7 +53,8 @@ def check_same(plain: nn.Module, network: nn.Module) -> None:
             with no_effects(plain):
                 expected = plain(loud, t, y)
             compare("output", network(loud, t, y), expected, LOUD_ROUNDING)
-            set_weights(x_embedder=0.001, pos_embed=0.001, adaLN=0.002)  # so that a LayerNorm's eps counts
+            # So that a LayerNorm's eps counts
+            set_weights(x_embedder=0.001, pos_embed=0.001, adaLN=0.002)
             compare("output", network(x_t, t, y), plain(x_t, t, y), ROUNDING)
         set_weights()
         expected, found = (outputs_and_gradients(either, plain, x_t, t, y, cotangent)
