@@ -3,6 +3,7 @@
 A field with a help text is an option of `train.py`, so each default is defined once.
 """
 
+from argparse import BooleanOptionalAction
 from dataclasses import dataclass, field, fields
 
 T = 1000  # diffusion steps, DDPM section 4
@@ -17,7 +18,10 @@ BLOCKS = ("in-context", "cross-attention", "adaLN", "adaLN-Zero")  # the order o
 
 def option(default, help, **argparse_settings):
     """A dataclass field that `train.py` offers on its command line."""
-    return field(default=default, metadata={"help": help, **argparse_settings})
+    flag = type(default) is bool
+    kind = {"action": BooleanOptionalAction} if flag else {"type": type(default)}
+    described = {"help": f"{help} (default: {default})"}
+    return field(default=default, metadata=described | kind | argparse_settings)
 
 
 @dataclass(frozen=True)

@@ -168,23 +168,15 @@ def configure(model: str = "", **given) -> TrainConfig:
     return TrainConfig(model=replace(network, **of_network), **given)
 
 
-def add_config_options(group, config_class: type) -> None:
-    """One option per field that has a help text, of the field's type."""
-    for f in fields(config_class):
-        if "help" in f.metadata:
-            flag = argparse.BooleanOptionalAction
-            kind = {"action": flag} if f.type is bool else {"type": f.type}
-            settings = f.metadata | {"help": f"{f.metadata['help']} (default: {f.default})"}
-            group.add_argument("--" + f.name.replace("_", "-"), **kind, **settings)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("train.py", description="Train a Diffusion Transformer.",
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true", help="continue what was stopped")
-    add_config_options(parser.add_argument_group("recipe"), TrainConfig)
-    group = parser.add_argument_group("network")
-    add_config_options(group, ModelConfig)
+    for title, settings in (("recipe", TrainConfig), ("network", ModelConfig)):
+        group = parser.add_argument_group(title)
+        for f in fields(settings):
+            if "help" in f.metadata:
+                group.add_argument("--" + f.name.replace("_", "-"), **f.metadata)
     group.add_argument("--model", choices=FAMILY | PAPER, metavar="NAME",
                        help=f"other defaults for this group: {', '.join(FAMILY | PAPER)}")
     given = vars(parser.parse_args(argv))

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TextIO
 
+from config import require
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -35,12 +37,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def check_files(outputs: Iterable[Path | None]) -> None:
-    """OSError if one cannot be written: better now than after an hour of work."""
+    """SettingError if one cannot be written: better now than after an hour of work."""
     for path in filter(None, outputs):
-        if path.exists() and not path.is_file():
-            raise OSError(f"{path} is a directory or a device, not a file")
-        if not os.access(path.parent, os.W_OK):
-            raise OSError(f"{path} cannot be written: no such directory, or no permission")
+        require(path.is_file() or not path.exists(), f"{path} is a directory, not a file")
+        require(os.access(path.parent, os.W_OK),
+                f"{path} cannot be written: no such directory, or no permission")
 
 
 def lock(path: Path) -> TextIO:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -27,7 +28,8 @@ from runtime.script import TrainingError
 
 # On --resume; "model" is compared field by field.
 MAY_CHANGE = {"epochs", "checkpoint_every", "checkpoint", "data_dir", "device", "compile", "model"}
-STATE = ("recipe", "step", "optimizers")  # the entries that model.resume.pth needs
+STATE = ("recipe", "schedule", "step", "optimizers", "weights", "ema", "curve", "samples",
+         "loss_sum", "seconds", "order", "noise")  # the entries of model.resume.pth
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
                 if hasattr(signal, name)]  # of terminals and schedulers
 CURVE = {"epoch": "d", "step": "d", "train_loss": ".6f", "test_loss": ".6f", "seconds": ".1f"}
@@ -55,12 +57,13 @@ class Run(ExitStack):
         self.order = torch.Generator().manual_seed(cfg.seed)  # of the images
         self.order_at_epoch = self.order.get_state()  # before the current epoch's order was drawn
         self.started = time.monotonic()  # moved back on resume, by the time already spent
-        self.signal = self.png_due = 0
+        self.signal = self.curve_due = 0
 
     def __enter__(self) -> "Run":
         if self.ranks.leads:
             self.enter_context(lock(self.files.weights))
-        for number in STOP_SIGNALS:  # unless one is ignored, as nohup does with SIGHUP
+        main = threading.current_thread() is threading.main_thread()
+        for number in STOP_SIGNALS if main else ():  # ignored ones, as under nohup, stay so
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 self.callback(signal.signal, number, signal.signal(number, self._note))
         return self
@@ -145,12 +148,11 @@ class Run(ExitStack):
                 save_checkpoint(self.files.state, self.state())
         if stop:
             if self.ranks.leads:
-                print(f"stopped at step {self.step} of {self.total_steps}; the same command with "
-                      "--resume continues")
+                print(f"stopped at step {self.step} of {self.total_steps}: continue with --resume")
             sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def end_epoch(self, test_loss: float) -> None:
-        """Add a row to the log and loss.csv, and a point to loss.png."""
+        """Add a row to the log; at times, and at the end, also to loss.csv and loss.png."""
         now, last = time.monotonic(), self.step == self.total_steps
         self.curve.append({"epoch": len(self.curve) + 1, "step": self.step,
                            "train_loss": self._finite(self.loss_sum) / self.steps_per_epoch,
@@ -162,10 +164,10 @@ class Run(ExitStack):
         with suppress(OSError):  # a closed terminal, whose SIGHUP saves the run
             line = ", ".join(map(" ".join, zip(CURVE, rows[-1], strict=True)))
             tqdm.write(line, file=sys.stderr)
-        text = "\n".join(map(",".join, [CURVE, *rows])) + "\n"
-        write_atomically(self.files.csv, lambda path: path.write_text(text))
-        if last or now > self.png_due:  # it takes as long as many steps on a GPU
-            self.png_due = now + 10
+        if last or now > self.curve_due:  # they take as long as many steps on a GPU
+            self.curve_due = now + 10
+            text = "\n".join(map(",".join, [CURVE, *rows])) + "\n"
+            write_atomically(self.files.csv, lambda path: path.write_text(text))
             weighted = f", min-SNR weights ({self.cfg.min_snr:g})" if self.cfg.min_snr else ""
             ylabel = f"{self.cfg.loss.upper()} loss"
             save_picture(self.files.png, lambda: loss_curve(self.curve, ylabel, weighted))
@@ -182,9 +184,8 @@ class Run(ExitStack):
         """The value of a sum with the loss. TrainingError, in every process, if it is NaN."""
         value = loss.item()
         if not math.isfinite(value):
-            raise TrainingError(f"the loss or a weight is {value} at step {self.step}; "
-                                f"{self.cfg.checkpoint} is left as last saved. Try a learning rate "
-                                f"below {self.cfg.lr:g}")
+            raise TrainingError(f"the loss or a weight is {value} at step {self.step}: "
+                                f"{self.files.weights} is left as last saved; try a lower --lr")
         return value
 
 
@@ -199,9 +200,8 @@ class RunFiles:
     @staticmethod
     def _of(weights: Path) -> list[Path]:
         stem, prefix = weights.stem, "" if weights.stem == "model" else f"{weights.stem}."
-        names = f"{stem}.resume{weights.suffix}", *(f"{prefix}{name}" for name in (
-            "loss.csv", "loss.png", "samples.png"))
-        return [weights, *(weights.with_name(name) for name in names)]
+        others = (f"{prefix}{name}" for name in ("loss.csv", "loss.png", "samples.png"))
+        return [weights, *map(weights.with_name, (f"{stem}.resume{weights.suffix}", *others))]
 
     def keep_other_run(self) -> None:
         """Keep another run's files as those of --checkpoint model.old-1.pth, or -2 and so on."""
