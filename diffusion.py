@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
-from config import BETA, T
+from config import BETA, T, require
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 Generators = torch.Generator | list[torch.Generator] | None
@@ -54,10 +54,9 @@ class GaussianDiffusion:
     def respaced(self, steps: int) -> "GaussianDiffusion":
         """The same process at `steps` evenly spaced times, T-1 included (DDIM D.2, "linear").
 
-        ValueError unless 1 <= steps <= T.
+        SettingError unless 1 <= steps <= T.
         """
-        if not 1 <= steps <= T:
-            raise ValueError(f"the number of steps must lie in [1, {T}], not {steps}")
+        require(1 <= steps <= T, f"steps must lie in [1, {T}], not {steps}")
         counted = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu")
         kept = (counted * T / steps).round().long() - 1
         return self if steps == T else GaussianDiffusion(kept, self.device)

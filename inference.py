@@ -48,8 +48,7 @@ def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm
             f"labels must be integers in [0, {null_class}], one per image")
     steps = STEPS.get(sampler) if steps is None else steps
     require(sampler in STEPS, f"sampler must be one of {', '.join(STEPS)}, not {sampler!r}")
-    for name, value, least, most in (("steps", steps, 1, T), ("eta", eta, 0, 1),
-                                     ("guidance", guidance, 0, 100),
+    for name, value, least, most in (("eta", eta, 0, 1), ("guidance", guidance, 0, 100),
                                      *(("seed", one, *SEEDS) for one in seeds)):
         require(least <= value <= most, f"{name} must lie in [{least}, {most}], not {value}")
     require(eta == 0 or sampler == "ddim", "eta needs the sampler ddim")

@@ -47,7 +47,7 @@ def show(rows: Sequence[Tensor], columns: Sequence[str] = (), labels: Sequence[s
     full_width, full_height = left + width, top + height
     figure = Figure(figsize=(full_width / DPI, full_height / DPI), dpi=DPI)
     axes = figure.add_axes((left / full_width, 0, width / full_width, height / full_height))
-    axes.imshow(canvas.numpy(), cmap="gray", vmin=-1, vmax=1, aspect="auto",
+    axes.imshow(canvas.numpy(), cmap="gray", vmin=-1, vmax=1, aspect="auto", origin="upper",
                 interpolation="nearest")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=8)

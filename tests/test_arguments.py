@@ -15,7 +15,7 @@ import train
         "--model XL/3", "--device cuda:99", "--steps 3", "--checkpoint folder",
         "--checkpoint nowhere/model.pth")),
     *((inference, options) for options in (
-        "--eta 0.5", "--guidance nan", "--seed -1", "--digits 10",
+        "--steps 1001", "--eta 0.5", "--guidance nan", "--seed -1", "--digits 10",
         "--columns 0", "--sampler x", "--output a.txt", "--gif a.png", "--output folder.png",
         "--output nowhere/a.png")),
     *((evaluate, options) for options in ("--n 99", "--json a.txt", "--json nowhere/a.json"))],

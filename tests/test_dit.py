@@ -79,7 +79,7 @@ def test_the_family_spans_the_papers_range_and_holds_the_default_network():
 @pytest.mark.parametrize(("change", "words"), [
     ({"patch_size": 5}, "patch_size 5 does not divide image_size 28"),
     ({"num_heads": 3}, "num_heads 3 does not divide hidden_size 64"),
-    ({"hidden_size": 66, "num_heads": 2}, "hidden_size 66 is not a multiple of 4"),
+    ({"hidden_size": 66, "num_heads": 2}, "hidden_size must be a multiple of 4"),
     ({"depth": 0}, "depth"), ({"mlp_ratio": math.nan}, "mlp_ratio"), ({"block": "adaln"}, "block")])
 def test_what_does_not_divide_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
