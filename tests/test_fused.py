@@ -64,6 +64,7 @@ def test_output_and_gradients_are_those_of_the_blocks(config):
 def test_every_number_of_threads_gives_the_same():
     model = network_of()
     network, inputs = fused(model), batch(model, 7)
+    assert network is not model
     expected = output_and_gradients(model, model, *inputs)
     try:
         for threads in (1, 2, 5):
