@@ -56,7 +56,7 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     store, rank, size = next(distributed.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         # torchrun keeps one store over restarts, in which a new process would find the addresses
-        # of dead ones. On several machines the counts differ: see docs/faq.md.
+        # of dead ones. On several machines the counts differ.
         store = distributed.PrefixStore(f"start {restarts}", store)
     # These are of the patch weights, which `PatchEmbed` permutes.
     warnings.filterwarnings("ignore", "Grad strides do not match")

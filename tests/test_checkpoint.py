@@ -1,6 +1,5 @@
 """Files are whole or absent, whatever fails; and what is read is checked."""
 
-import errno
 import os
 import random
 from dataclasses import asdict
@@ -50,22 +49,6 @@ def test_a_model_comes_back_as_it_was(saved, open_network):
     state, expected = model.state_dict(), open_network.state_dict()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(("function", "error"), [
-    ("pathlib.Path.write_bytes", OSError(errno.ENOSPC, "no space")),
-    ("os.fsync", OSError(errno.EIO, "I/O error")),
-    ("os.replace", OSError(errno.EACCES, "Permission denied"))])
-def test_a_failed_write_leaves_the_last_good_file(saved, open_network, monkeypatch, function,
-                                                  error):
-    def fail(*arguments):
-        raise error
-
-    before = content(saved.parent)
-    monkeypatch.setattr(function, fail)
-    with pytest.raises(OSError, match=r"model\.pth could not be written .*; it is unchanged"):
-        save_checkpoint(saved, weights_of(open_network, 8))
-    assert content(saved.parent) == before
 
 
 @pytest.mark.parametrize(("make", "words"), [

@@ -8,8 +8,11 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from config import ModelConfig
 from diffusion import GaussianDiffusion, discretized_log_likelihood, guided
+from dit import DiT
 
 D = GaussianDiffusion()
 TIMES = torch.tensor([0, 1, 10, 500, 998, 999])
@@ -199,6 +202,33 @@ def test_guidance():
         assert torch.equal(found[:, 2:], v)
         plain = guided(lambda *inputs: model(*inputs)[:, :2], strength, 5)
         torch.testing.assert_close(plain(x_t, t, y), expected)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the tensors that are copied from one device to another."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            devices = [value.device for value in args if isinstance(value, Tensor)]
+            devices += [torch.device((kwargs or {}).get("device") or devices[0])]
+            self.count += len({device.type for device in devices}) > 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("settings", [{}, {"predicts": "v", "learn_sigma": True}], ids=str)
+def test_a_training_step_copies_nothing_between_devices(settings):
+    """A device without memory stands in for a GPU; reading a value from it fails."""
+    model, diffusion = DiT(ModelConfig(**settings)).to("meta"), GaussianDiffusion(device="meta")
+    x_0, y = torch.empty(2, 1, 28, 28, device="meta"), torch.empty(2, device="meta").long()
+    with Copies() as copies:
+        t, eps = diffusion.draw_t_and_eps(x_0, None)
+        network = diffusion.as_eps(model, model.config.predicts)
+        diffusion.loss(network, x_0, model.y_embedder.drop(y), t, eps, "l1", 0.3).backward()
+    with Copies() as seen:
+        torch.empty(2).to("meta")
+    assert (copies.count, seen.count) == (0, 1)
 
 
 # Learned variance and the NLL bound

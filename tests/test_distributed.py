@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,12 +17,10 @@ from runtime.checkpoint import load_model
 OPTIONS = [*map(str, TINY), "--epochs", "4", "--lr", "0.01", "--optimizer", "adamw"]
 
 
-def torchrun(*options, cwd, processes=2, restarts=0, machines=("--standalone",)):
-    command = [sys.executable, "-m", "torch.distributed.run", *machines,
-               f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
-               str(ROOT / "train.py"), *OPTIONS, *map(str, options)]
-    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(len(machines) > 1))}
-    return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, text=True,
+def torchrun(*options, cwd, restarts=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               f"--max-restarts={restarts}", str(ROOT / "train.py"), *OPTIONS, *map(str, options)]
+    return subprocess.Popen(command, cwd=cwd, start_new_session=True, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -68,22 +65,6 @@ def test_a_killed_process_is_restarted_and_the_run_continues(tmp_path, one_proce
     assert re.search(r"resumed at step \d+ of 12", out), out
     assert_same(tmp_path, one_process)
     assert content(tmp_path).keys() == FILES
-
-
-@pytest.mark.slow
-def test_two_machines_and_the_death_of_one_of_their_processes(tmp_path, one_process):
-    """The command in docs/faq.md, with two agents on this machine instead of two machines."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    machines = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=digits",
-                f"--rdzv-endpoint=localhost:{port}")
-    first, second = (torchrun("--checkpoint-every", 1, cwd=tmp_path, processes=1, restarts=2,
-                              machines=machines) for _ in range(2))
-    kill_the_last_worker_after_a_checkpoint(second, tmp_path)
-    outs = [finish(process) for process in (first, second)]
-    assert re.search(r"resumed at step \d+ of 12", "".join(outs)), outs
-    assert_same(tmp_path, one_process)
 
 
 @pytest.mark.slow

@@ -14,12 +14,25 @@ from conftest import ROOT
 from runtime.fused.library import block_library
 
 HEADS = "return (weights @ v)"
+FIFTH = """class FifthBlock(DiTBlock):
+    def forward(self, x, c):
+        shift, scale, gate, _, _, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate[:, None] * self.attn(modulate(self.norm1(x), shift, scale))
+        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift, scale))
+
+
+DESIGNS["adaLN-Zero"] = FifthBlock
+
+
+def patchify("""
 
 # Edits of dit_block.py, old text and new, that the C++ does not follow, in what it computes or in
 # what else happens then: the plain network has to run.
 IN_THE_BLOCKS = {
     "attention's gate removed": ("x + gate_attn[:, None] * ", "x + "),
     "softmax scale 1/d": ("q.shape[-1]**-0.5", "q.shape[-1]**-1.0"),
+    "ReLU": ('nn.GELU(approximate="tanh")', "nn.ReLU()"),
+    "detach": ("self.norm2(x), shift_mlp", "self.norm2(x.detach()), shift_mlp"),
     "GELU without tanh": ('nn.GELU(approximate="tanh")', "nn.GELU()"),
     "a scaled residual": ("x = x + gate_mlp", "x = 0.999 * x + gate_mlp"),
     "slower gradients": ("attend(q, k, v)", "attend(0.9 * q + 0.1 * q.detach(), k, v)"),
@@ -31,7 +44,8 @@ IN_THE_BLOCKS = {
     "recorded input": ("N, L, D = x.shape", "self.seen = x; N, L, D = x.shape"),
 }
 REPLACED = {name: {"dit_block.py": edit} for name, edit in IN_THE_BLOCKS.items()} | {
-    "half of each block": {"dit.py": ("x = block(x, c)", "x = x + 0.5 * block(x, c)")}}
+    "half of each block": {"dit.py": ("x = block(x, c)", "x = x + 0.5 * block(x, c)")},
+    "a fifth design": {"dit.py": ("def patchify(", FIFTH)}}
 # Edits around the blocks: they count, and the C++ may stay.
 KEPT = {
     "nothing": {},

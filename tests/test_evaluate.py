@@ -23,7 +23,6 @@ from evaluate import (
     nll_bound,
     sample_images,
 )
-from experiments.classifier import train_classifier
 from runtime.checkpoint import load_model
 
 MNIST = ROOT / "mnist"
@@ -45,14 +44,6 @@ def test_the_included_classifier_reads_digits(classifier, data):
     images, labels = data[1][:]
     assert 0.99 < evaluate.accuracy(classifier, images, labels) < 1
     assert evaluate.accuracy(classifier, images, (labels + 1) % 10) < 0.01
-
-
-def test_a_classifier_is_trained_by_its_seed(data, tmp_path):
-    some, heads = Digits(data[0].images[:500], data[0].labels[:500]), []
-    for seed in (0, 0, 1):
-        train_classifier(tmp_path / "c.pth", some, seed, epochs=1)
-        heads.append(load_classifier(file=tmp_path / "c.pth").head.weight)
-    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
 # The metrics

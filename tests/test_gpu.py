@@ -1,5 +1,8 @@
 """What a GPU computes, plainly and recorded, compared with each other and with the CPU."""
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -10,7 +13,9 @@ import dit_block
 import train
 from config import ModelConfig, TrainConfig
 from dataset import load_mnist
+from diffusion import GaussianDiffusion
 from inference import generate
+from runtime.checkpoint import load_model
 
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -105,6 +110,47 @@ def test_stop_and_resume_give_the_same_bits(tmp_path, record, on):
             ema = train.train(cfg, resume=epochs != parts[0])
         ends.append(torch.cat([value.flatten() for value in ema.parameters()]))
     assert torch.equal(*ends)
+
+
+def run(checkpoint, *options, start=("train.py",)):
+    """train.py as a process that records."""
+    command = [sys.executable, *start, "--checkpoint", checkpoint, "--data-dir", "mnist", "--limit",
+               3000, "--batch-size", 100, "--device", "cuda:0", "--no-compile", *options]
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT,
+                            env=os.environ | {"DIT_RECORD": "1"})
+
+
+def test_kill_9_costs_no_bits(tmp_path):
+    options, killed = ("--epochs", 40, "--checkpoint-every", 50), tmp_path / "killed.pth"
+    assert run(tmp_path / "whole.pth", *options).wait(120) == 0
+    process = run(killed, *options)
+    while process.poll() is None and not killed.with_stem("killed.resume").exists():
+        time.sleep(0.01)
+    process.kill()
+    assert run(killed, *options, "--resume").wait(120) == 0
+    ends = [load_model(tmp_path / f"{name}.pth")[0].parameters() for name in ("whole", "killed")]
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+
+def test_two_processes_on_one_gpu(tmp_path):
+    """By Gloo, and plainly: they end where one process does."""
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py")
+    for name, start in (("one", ("train.py",)), ("two", two)):
+        assert run(tmp_path / f"{name}.pth", "--epochs", 1, start=start).wait(150) == 0
+    losses = [float((tmp_path / f"{name}.loss.csv").read_text().split(",")[-2])
+              for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_the_test_loss_is_that_of_a_cpu(record, on):
+    record(on)
+    found = []
+    for device in ("cpu", "cuda:0"):
+        model, diffusion = random_network(ModelConfig(), 0.05), GaussianDiffusion(device=device)
+        batches = train.held_out(diffusion, load_mnist(False, ROOT / "mnist", device, 600))
+        found.append(train.held_out_loss(model.to(device), diffusion, batches, "l1"))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("on", [False, True])
