@@ -194,7 +194,7 @@ def measure(args: argparse.Namespace) -> None:
     test_images, real = test_set[:][0], balanced(train_set, samples[1])
     rows["real"] = {"accuracy": accuracy(classifier, *test_set[:]),
                     **distribution_metrics(classifier, test_images, real),
-                    **memorised(test_images, train_set[:][0])}
+                    **memorised(test_images[:args.n], train_set[:][0])}
     if args.bpd:
         some = load_mnist(False, folder, args.device, args.bpd, model.config.image_size)
         rows["real"]["bits/dim"] = nll_bound(model, some, diffusion, args.seed)

@@ -55,8 +55,7 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         return
     store, rank, size = next(distributed.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        # torchrun keeps one store over restarts, in which a new process would find the addresses
-        # of dead ones. On several machines the counts differ.
+        # In torchrun's one store, restarted processes would find the addresses of dead ones.
         store = distributed.PrefixStore(f"start {restarts}", store)
     # These are of the patch weights, which `PatchEmbed` permutes.
     warnings.filterwarnings("ignore", "Grad strides do not match")

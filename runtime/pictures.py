@@ -23,10 +23,7 @@ def save_picture(path: Path, make: Callable[[], Figure]) -> None:
 
 
 def denser_at_the_end(values: list[int], count: int) -> list[int]:
-    """`count` of the values, if there are as many, the first and the last among them.
-
-    Counted from the last, they are those at n (i / (count - 1))^1.75, of n + 1 values.
-    """
+    """At most `count` of n + 1 values: from the last, those at n (i / (count - 1))^1.75."""
     count, n = min(count, len(values)), len(values) - 1
     places = [round(n * (i / max(count - 1, 1)) ** 1.75) for i in range(count)]
     return [values[n - max(i, place)] for i, place in reversed(list(enumerate(places)))]

@@ -65,12 +65,9 @@ class Run(ExitStack):
         main = threading.current_thread() is threading.main_thread()
         for number in STOP_SIGNALS if main else ():  # ignored ones, as under nohup, stay so
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-                self.callback(signal.signal, number, signal.signal(number, self._note))
+                before = signal.signal(number, lambda *args: setattr(self, "signal", args[0]))
+                self.callback(signal.signal, number, before)
         return self
-
-    def _note(self, number: int, frame) -> None:
-        """Lets the current step finish. torchrun sends several."""
-        self.signal = number
 
     def begin(self, resume: bool) -> None:
         """Start, or continue a run of this recipe. CheckpointError or TrainingError if it can't."""
@@ -119,6 +116,12 @@ class Run(ExitStack):
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             groups = optimizer.state_dict()["param_groups"]  # of this recipe and device
             optimizer.load_state_dict(saved | {"param_groups": groups})
+        moments = [(value.shape, parameter.shape) for optimizer in self.optimizers
+                   for parameter, values in optimizer.state.items() for value in values.values()]
+        step, epochs = state["step"], len(state["curve"])  # complete ones
+        if any(shape not in (own, ()) for shape, own in moments) or not (
+                1 <= step <= self.total_steps and epochs == (step - 1) // self.steps_per_epoch):
+            raise CheckpointError(f"{self.files.state} does not fit: step {step}, epoch {epochs}")
         self.step, self.curve, self.samples = state["step"], state["curve"], state["samples"]
         self.loss_sum.copy_(state["loss_sum"])
         self.started -= state["seconds"]
