@@ -1,6 +1,7 @@
 """What the benchmarks share: the roofline, and medians of many calls.
 
-The roofline is the time that the arithmetic alone takes at the rate of a large matrix product in the same run.
+The roofline is the time that the arithmetic alone takes, at the rate of a large matrix product in
+the same run.
 """
 
 import platform
@@ -26,12 +27,12 @@ def seconds(device: torch.device, call: Callable[[], object], repeats: int) -> f
     return (now() - start) / repeats
 
 
-def medians(device: torch.device, calls: dict[str, Callable[[], object]], rounds: int, in_a_row: int = 1
-            ) -> tuple[dict[str, float], float]:
-    """The median time of each call over `rounds` measurements of `in_a_row` calls, and the rate of a large float32 product.
+def medians(device: torch.device, calls: dict[str, Callable[[], object]], rounds: int,
+            in_a_row: int = 1) -> tuple[dict[str, float], float]:
+    """The median time of each call, and the rate of a large float32 product in operations/s.
 
-    The rate is in operations per second. The calls and the product take turns, so that a machine that slows down slows all
-    of them down.
+    A median is over `rounds` measurements of `in_a_row` calls. The calls and the product take
+    turns: if the machine slows down, it slows all of them down.
     """
     side = 1024 if device.type == "cpu" else 8192
     a, b = torch.randn(2, side, side, device=device)
@@ -49,5 +50,6 @@ def medians(device: torch.device, calls: dict[str, Callable[[], object]], rounds
 
 def about(device: torch.device) -> str:
     """The software and hardware of the measurement."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if gpu else f"{platform.machine()} CPU"
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {name}"

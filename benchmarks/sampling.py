@@ -24,15 +24,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Time a sampling step, and compare with its roofline.", allow_abbrev=False)
     add = parser.add_argument
-    for name, default in (("batch-size", 10), ("hidden-size", ModelConfig.hidden_size), ("depth", ModelConfig.depth),
-                          ("patch-size", ModelConfig.patch_size), ("rounds", 5)):
+    for name, default in (("batch-size", 10), ("hidden-size", ModelConfig.hidden_size),
+                          ("depth", ModelConfig.depth), ("patch-size", ModelConfig.patch_size),
+                          ("rounds", 5)):
         add(f"--{name}", type=int, default=default, metavar="N", help=f"(default: {default})")
     add("--guidance", type=float, default=1.0, help="(default: 1)")
     add("--device", default="auto")
     args = parser.parse_args(argv)
     try:
         device = pick_device(args.device)
-        config = ModelConfig(hidden_size=args.hidden_size, depth=args.depth, patch_size=args.patch_size)
+        config = ModelConfig(hidden_size=args.hidden_size, depth=args.depth,
+                             patch_size=args.patch_size)
     except ValueError as error:
         parser.error(str(error))
     keep_freed_memory()
@@ -57,7 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(y)} images, guidance {args.guidance:g}: {flops / 1e9:.3f} GFLOP per step, "
           f"roofline {1000 * flops / rate:.2f} ms at {rate / 1e9:.0f} GFLOP/s")
     for name, time in times.items():
-        print(f"{name:9} {1000 * time / STEPS:7.2f} ms per step, {time * rate / flops / STEPS:.2f} x roofline")
+        print(f"{name:9} {1000 * time / STEPS:7.2f} ms per step, "
+              f"{time * rate / flops / STEPS:.2f} x roofline")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ COLUMNS = {"run": str, "model": str, "block": str, "predicts": str, "recipe": st
            "classifier": str}
 HEADER = ",".join(COLUMNS)
 MEASUREMENT = ("run", "digest", "epoch", "sampling_steps", "guidance", "n")  # what tells two apart
-OF_REAL = {"run", "n", *METRICS, "device", "torch", "date", "classifier"}  # a row of real images has these alone
+# The only columns of a row of real images.
+OF_REAL = {"run", "n", *METRICS, "device", "torch", "date", "classifier"}
 
 
 def read(table: Path) -> Rows:
