@@ -50,6 +50,7 @@ from experiments.study import (
     select,
 )
 from experiments.tables import all_tables
+from experiments.targets import narrow
 from runtime.files import write_atomically
 from runtime.pictures import save_picture, tile
 from runtime.script import exit_status
@@ -107,7 +108,8 @@ def draw(rows: Rows, folder: Path) -> None:
     """All pictures and tables.md into `folder`, which holds samples/. OSError if it cannot."""
     pictures = {make.__name__: make for make in (figure5, figure6, figure8, figure9, figure10,
                                                  figure12, figure13, guidance)}
-    pictures["figure7"] = lambda rows: figure7(folder / "samples")
+    pictures |= {"figure7": lambda rows: figure7(folder / "samples"),
+                 "narrow": lambda rows: narrow(rows, folder / "samples")}
     for name, make in pictures.items():
         try:
             save_picture(folder / f"{name}.png", lambda make=make: make(rows))

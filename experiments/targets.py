@@ -1,0 +1,53 @@
+"""Our own question: what should a narrow token predict? Its picture."""
+
+from itertools import product
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter
+from PIL import Image
+
+from config import FAMILY
+from experiments.drawing import FONT, curve, finish, found, new_figure, real_line
+from experiments.rows import Rows
+from experiments.study import FINAL_IMAGES, IMPOSSIBLE, PATCHES, Network, select
+from experiments.tables import least_loss
+
+TARGETS = {"eps": ("#0072B2", "o"), "v": ("#009E73", "^"), "x_0": ("#D55E00", "s")}
+
+
+def width_per_value(row: dict) -> float:
+    """The width of a token over the number of values in its patch."""
+    return FAMILY[row["model"]].hidden_size / FAMILY[row["model"]].patch_size ** 2
+
+
+def narrow(rows: Rows, samples: Path) -> Figure:
+    """FID, accuracy and test loss of eps, v and x_0 against the width of a token; S/7's digits."""
+    mine = found(select(rows, predicts=None, n=FINAL_IMAGES))
+    figure = new_figure(9, 4.6)
+    grid = figure.add_gridspec(2, 3, height_ratios=(3.2, 1))
+    for column, name in enumerate(("FID", "accuracy", "test_loss")):
+        axes = figure.add_subplot(grid[0, column])
+        for (target, (color, marker)), patch in product(TARGETS.items(), PATCHES):
+            some = [row for row in mine if (row["predicts"], FAMILY[row["model"]].patch_size)
+                    == (target, patch)]
+            curve(axes, some, width_per_value, name, color=color, marker=marker,
+                  label=target if patch == PATCHES[0] else None)  # a line for each patch size
+        if name == "test_loss":
+            axes.axhline(least_loss(FAMILY[IMPOSSIBLE]), color="black", linestyle="--",
+                         label="least for eps, S/7")
+        else:
+            real_line(axes, rows, FINAL_IMAGES, name)
+        axes.set_xscale("log", base=2)
+        finish(axes, name.replace("_", " "), xlabel="width of a token / values of a patch")
+        axes.xaxis.set_major_locator(FixedLocator([0.5, 1, 2, 4, 8, 16]))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.legend(fontsize=FONT - 2)
+    for column, target in enumerate(TARGETS):
+        axes = figure.add_subplot(grid[1, column])
+        axes.imshow(Image.open(samples / f"{Network(IMPOSSIBLE, predicts=target).name}.png"),
+                    cmap="gray", origin="upper")
+        axes.set_title(f"S/7 predicts {target}", fontsize=FONT)
+        axes.set_axis_off()
+    return figure
