@@ -41,7 +41,7 @@ from runtime.files import PROJECT
 
 VARIANTS = {"default": (False, True), "plain": (False, False), "recorded": (True, False),
             "recorded-compiled": (True, True)}  # of training: DIT_RECORD, and --compile
-QUICK = "recorded_steps or samples_are"  # the tests of parity
+QUICK = "recorded_steps or samples_are or test_loss"  # the tests of parity
 
 
 class Part:
