@@ -26,7 +26,7 @@ def option(default, help, **argparse_settings):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a `DiT`; stored in the checkpoint. SettingError for sizes that do not divide."""
+    """The shape of a `DiT`; stored in the checkpoint. SettingError for sizes that do not fit."""
 
     image_size: int = option(28, "side of the images: MNIST's 28, or more with a black border")
     patch_size: int = option(4, "side of a square patch; must divide the side of the images")
@@ -50,6 +50,8 @@ class ModelConfig:
         for f in fields(self):
             if f.type in (int, float):
                 _require_within(self, f.name, 1 if f.type is int else 0, 2**14)
+        _require_within(self, "class_dropout_prob", 0, 1)
+        require(self.hidden_size * self.mlp_ratio >= 1, "mlp_ratio leaves the MLP no hidden unit")
         for size, part in (("image_size", "patch_size"), ("hidden_size", "num_heads")):
             require(getattr(self, size) % getattr(self, part) == 0, f"{part} "
                     f"{getattr(self, part)} does not divide {size} {getattr(self, size)}")
@@ -68,20 +70,20 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     epochs: int = option(500, "passes over the training images")
     batch_size: int = option(300, "images per step; an epoch's incomplete last batch is dropped")
-    loss: str = option("l1", "of the noise; mse in the papers", choices=("l1", "mse"))
+    loss: str = option("l1", "loss on the noise; the papers have mse", choices=("l1", "mse"))
     min_snr: float = option(0.3, "weight of t: min(SNR, MIN_SNR) / SNR; 0 for equal weights")
-    optimizer: str = option("muon", "Muon for the blocks' matrices, AdamW for the rest; or AdamW",
+    optimizer: str = option("muon", "muon: Muon for the blocks' matrices, AdamW for the rest",
                             choices=("muon", "adamw"))
     lr: float = option(0.005, "peak learning rate")
     lr_schedule: str = option("cosine", "decay to 0, or constant", choices=("cosine", "constant"))
-    ema_decay: float = option(0.9999, "of the EMA model, which samples; lower at first")
+    ema_decay: float = option(0.9999, "of the EMA of the weights, for sampling; lower at first")
     seed: int = option(0, "of initial weights, the images' order, t, noise and dropped labels")
     limit: int = option(0, "use the first LIMIT images of each split only; 0 for all")
     data_dir: str = option("mnist", "directory that holds MNIST/raw/ with the four archives")
     checkpoint: str = option("model.pth", "the weights; all other files are written next to it")
     checkpoint_every: int = option(1000, "steps between two checkpoints")
     device: str = option("auto", "cpu, cuda, mps, ...; auto is a GPU if there is one")
-    compile: bool = option(True, "be faster: blocks in C++ on a CPU, else torch.compile")
+    compile: bool = option(True, "faster steps: C++ blocks on a CPU, else torch.compile")
 
     def __post_init__(self):
         _check_types(self)

@@ -36,7 +36,7 @@ class GaussianDiffusion:
 
     def __init__(self, timesteps: Tensor | None = None, device: torch.device | str = "cpu"):
         beta = torch.linspace(*BETA, T, dtype=torch.float64, device="cpu")  # DDPM section 4
-        if timesteps is not None:  # beta from each of these times to the next one (iDDPM eq. 19)
+        if timesteps is not None:  # beta from the kept time before each (iDDPM eq. 19)
             alpha_bar = torch.cumprod(1 - beta, dim=0)[timesteps]
             beta = 1 - alpha_bar / _shifted(alpha_bar)
         self.timesteps = torch.arange(T, device="cpu") if timesteps is None else timesteps
@@ -209,7 +209,7 @@ class GaussianDiffusion:
 def noise(shape: Sequence[int], generator: Generators = None) -> Tensor:
     """N(0, I) in float32, made on the CPU: a seed gives the same digits on every device.
 
-    Of several generators, each makes as many of the images.
+    Several generators make equal shares of the images, in order.
     """
     if isinstance(generator, list):
         part = shape[0] // len(generator), *shape[1:]

@@ -82,7 +82,7 @@ def fid(real: Tensor, generated: Tensor) -> float:
     """Fréchet distance of features (N, D) and (M, D) (Heusel et al. 2017).
 
     |m - m'|^2 + tr(C + C' - 2 (C C')^1/2) with means m, m' and covariances C, C'. Fewer images have
-    a higher FID; Inception FID is another. ValueError for a single image or values not finite.
+    a higher FID. Not Inception's FID. ValueError for a single image or values not finite.
     """
     sets = real.cpu().double(), generated.cpu().double()
     (m, C), (m_2, C_2) = ((x.mean(dim=0), x.T.cov()) for x in sets)
@@ -116,7 +116,7 @@ def memorised(images: Tensor, training: Tensor) -> dict[str, float]:
     """How far images (N, 1, 28, 28) are from the nearest training image, in L2 distance.
 
     memorised: the share 3 times nearer to one than to the next (Yoon et al. 2023): copies with
-    little noise. Moved by a pixel, a copy is as far away as any other digit. nearest: the median.
+    little noise. A copy moved by a pixel goes unnoticed. nearest: the median distance.
     """
     near, other = in_batches(lambda x: torch.cdist(x.flatten(1), training.flatten(1))
                              .topk(2, largest=False)[0], images).T

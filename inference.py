@@ -34,10 +34,10 @@ def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm
              steps: int | None = None, eta: float = 0.0, guidance: float = GUIDANCE,
              seed: int | Sequence[int] = 0, diffusion: GaussianDiffusion | None = None,
              on_step: Callable[[int, Tensor], None] = lambda t, x_t: None) -> Tensor:
-    """One image per label. labels: (N,) ints in [0, num_classes]; (N, C, H, W) in [-1, 1].
+    """One image per label: (N, C, H, W) in [-1, 1]. labels: (N,) ints in [0, num_classes].
 
     sampler, steps: "ddpm" (1000 by default) or "ddim" (50); eta: noise of ddim, in [0, 1];
-    guidance: 1 turns it off; seed: one, or several, each for as many of the images;
+    guidance: 1 turns it off; seed: one, or several for equal shares of the images;
     on_step(t, x_t): see `GaussianDiffusion.sample`.
     SettingError (a ValueError) if one is out of range, FloatingPointError if the result is nan.
     """
@@ -110,7 +110,7 @@ def open_checkpoint(args: argparse.Namespace, outputs: Sequence[Path | None]
                     ) -> tuple[DiT, GaussianDiffusion]:
     """The network of the command line. Fills in the steps, the device and the path.
 
-    CheckpointError unless it is one for MNIST, OSError if one of the files cannot be used.
+    CheckpointError unless it is one for MNIST, SettingError for places that cannot be written.
     """
     args.steps = STEPS[args.sampler] if args.steps is None else args.steps
     args.device = pick_device(args.device)

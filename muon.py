@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 MOMENTUM = 0.95
-A, B, C = 3.4445, -4.7750, 2.0315  # five times s -> A s + B s^3 + C s^5: (0, 1] -> about 1
+A, B, C = 3.4445, -4.7750, 2.0315  # s -> A s + B s^3 + C s^5, five times
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Newton-Schulz: U V^T for each U S V^T, with singular values of 0.7 to 1.2. (K, m, n)."""
+    """Newton-Schulz: U V^T for U S V^T, (K, m, n); S of 0.7 to 1.2, less where it was tiny."""
     wide = matrices.shape[1] <= matrices.shape[2]
     X = matrices if wide else matrices.mT
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above 1; 0 stays 0
@@ -39,8 +39,10 @@ class Muon(torch.optim.Optimizer):
                     same_shape.setdefault(matrix.shape, []).append(matrix)
             for shape, matrices in same_shape.items():
                 gradients = [matrix.grad for matrix in matrices]
-                momenta = [self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
-                           for matrix in matrices]
+                for matrix in matrices:
+                    if not self.state[matrix]:
+                        self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+                momenta = [self.state[matrix]["momentum"] for matrix in matrices]
                 torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
                 updates = torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))  # Nesterov
                 rms = 0.2 * max(shape)**0.5  # as AdamW's (Liu et al. 2025, arXiv 2502.16982)

@@ -20,7 +20,7 @@ from dit import DiT
 from runtime.files import write_atomically
 
 FORMAT = 1  # incremented when the entries of a file change, so that older code says what is wrong
-WEIGHTS = ("model_config", "ema", "step", "recipe")  # the entries of model.pth
+WEIGHTS = ("model_config", "ema", "step", "recipe")  # the entries that model.pth must have
 FIRST_SCHEDULE = [1000, 0.0001, 0.02, 4.03583e-05]  # of files that name none
 
 
@@ -56,7 +56,7 @@ def load_checkpoint(path: str | Path, entries: Iterable[str],
                              f"beta, last beta, last alpha_bar] was {before} and is {schedule}")
         return content
     except Exception as error:  # a damaged file can fail anywhere, with any exception
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]  # torch explains at length
         if isinstance(error, pickle.UnpicklingError):  # torch's sentence advises to run it
             reason = "it holds something other than tensors and plain values; none of it was run"
         raise CheckpointError(f"{path} cannot be used: {reason}") from error

@@ -40,7 +40,7 @@ def check_files(outputs: Iterable[Path | None]) -> None:
     """SettingError if one cannot be written: better now than after an hour of work."""
     for path in filter(None, outputs):
         require(path.is_file() or not path.exists(), f"{path} is a directory, not a file")
-        require(os.access(path.parent, os.W_OK), f"the directory of {path} cannot be written")
+        require(os.access(path.parent, os.W_OK), f"{path.parent} is no directory to write to")
 
 
 def lock(path: Path) -> TextIO:

@@ -39,7 +39,7 @@ class Run(ExitStack):
     """A run of `cfg`. In `with run:`, a stop signal saves it, and no other run writes its files.
 
     images: size of the training set; generator: the random numbers for t, eps and label dropout;
-    schedule: `GaussianDiffusion.schedule`. OSError if the files could not be written.
+    schedule: `GaussianDiffusion.schedule`. SettingError if files cannot be written.
     """
 
     def __init__(self, cfg: TrainConfig, ranks: Ranks, model: DiT, ema: DiT,
@@ -121,7 +121,8 @@ class Run(ExitStack):
         step, epochs = state["step"], len(state["curve"])  # complete ones
         if any(shape not in (own, ()) for shape, own in moments) or not (
                 1 <= step <= self.total_steps and epochs == (step - 1) // self.steps_per_epoch):
-            raise CheckpointError(f"{self.files.state} does not fit: step {step}, epoch {epochs}")
+            raise CheckpointError(f"{self.files.state} does not fit: it is at step {step}, epoch "
+                                  f"{epochs}, the run has {self.total_steps} steps")
         self.step, self.curve, self.samples = state["step"], state["curve"], state["samples"]
         self.loss_sum.copy_(state["loss_sum"])
         self.started -= state["seconds"]
@@ -151,11 +152,11 @@ class Run(ExitStack):
                 save_checkpoint(self.files.state, self.state())
         if stop:
             if self.ranks.leads:
-                print(f"stopped at step {self.step} of {self.total_steps}: continue with --resume")
+                print(f"stopped at step {self.step}; the same command and --resume continue")
             sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def end_epoch(self, test_loss: float) -> None:
-        """Add a row to the log; at times, and at the end, also to loss.csv and loss.png."""
+        """Add a row to the log, and at most every 10 s to loss.csv and loss.png."""
         now, last = time.monotonic(), self.step == self.total_steps
         self.curve.append({"epoch": len(self.curve) + 1, "step": self.step,
                            "train_loss": self._finite(self.loss_sum) / self.steps_per_epoch,
@@ -188,12 +189,12 @@ class Run(ExitStack):
         value = loss.item()
         if not math.isfinite(value):
             raise TrainingError(f"the loss or a weight is {value} at step {self.step}: "
-                                f"{self.files.weights} is left as last saved; try a lower --lr")
+                                f"{self.files.weights} is as last saved; start with a lower --lr")
         return value
 
 
 class RunFiles:
-    """A run's files, all next to model.pth. OSError if they could not be written."""
+    """A run's files, all next to model.pth. SettingError if they cannot be written."""
 
     def __init__(self, cfg: TrainConfig):
         self.all = self._of(Path(cfg.checkpoint))

@@ -236,7 +236,7 @@ def test_a_loss_that_is_not_finite_is_not_saved(tmp_path, train_tiny, monkeypatc
     (tmp_path / "model.pth").write_text("precious")
     watch_loss(monkeypatch, lambda now, *args: math.nan if now == 7 else 1)
     status, _, err = train_tiny(tmp_path, "--epochs", 3)
-    assert status == 1 and "model.pth is left as last saved" in err.splitlines()[-1]
+    assert status == 1 and "model.pth is as last saved" in err.splitlines()[-1]
     assert (tmp_path / "model.pth").read_text() == "precious"
 
 
