@@ -106,7 +106,7 @@ def test_every_committed_figure_is_drawn_from_the_table(tmp_path):
     (tmp_path / "samples").symlink_to(TABLE.with_name("samples"))
     figures.draw(table_of_rows.read(TABLE), tmp_path)
     drawn = {path.name for path in tmp_path.glob("*.png")}
-    assert drawn == {path.name for path in TABLE.parent.glob("*.png")} and len(drawn) == 9
+    assert drawn == {path.name for path in TABLE.parent.glob("*.png")}
 
 
 # The statistics
