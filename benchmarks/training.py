@@ -32,8 +32,8 @@ def training_step(cfg: TrainConfig, fast: bool) -> Callable[[], object]:
     """A call of train.py's own step, taken from a run that ends before its first one."""
     taken, recorded = [], train.recorded
 
-    def take(*arguments):
-        taken.append(recorded(*arguments))
+    def take(*arguments, **settings):
+        taken.append(recorded(*arguments, **settings))
         raise KeyboardInterrupt
 
     with (TemporaryDirectory() as folder, patch.object(train, "recorded", take),
