@@ -131,6 +131,12 @@ def test_what_it_was_not_written_for_stays_as_it_is(build):
     assert fused(model) is model
 
 
+def test_a_trial_neither_draws_from_the_global_generator_nor_forks_it(monkeypatch):
+    model, before = DiT(ModelConfig(depth=1)), torch.get_rng_state()
+    monkeypatch.setattr(torch.random, "fork_rng", None)
+    assert fused(model) is not model and torch.equal(torch.get_rng_state(), before)
+
+
 # The library
 
 SIZES = (16, 32, 2, 128)  # tokens, width, heads, width of the MLP: S/7
