@@ -70,8 +70,7 @@ class Mlp(nn.Module):
 class InContextBlock(nn.Module):
     """A standard ViT block (DiT section 3.2, "In-context conditioning"). (N, L + 2, D) -> the same.
 
-    t and y are the last two tokens: `DiT.forward` appends them, and removes them after the last
-    block. The block itself ignores c.
+    t and y are the last two tokens, which `DiT.forward` appends and removes. c is not used.
     """
 
     adaptive = False  # t and y reach it as tokens

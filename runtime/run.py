@@ -152,7 +152,7 @@ class Run(ExitStack):
                 save_checkpoint(self.files.state, self.state())
         if stop:
             if self.ranks.leads:
-                print(f"stopped at step {self.step} of {self.total_steps}: repeat it with --resume")
+                print(f"stopped at step {self.step} of {self.total_steps}: rerun it with --resume")
             sys.exit(128 + (self.signal or signal.SIGTERM))
 
     def end_epoch(self, test_loss: float) -> None:
