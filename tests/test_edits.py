@@ -70,7 +70,7 @@ def enter(folder: Path) -> None:
     sys.path.insert(0, str(folder))  # of this process, which ends with the test
     for name, module in list(sys.modules.items()):
         path = Path(getattr(module, "__file__", None) or "/")
-        if path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "tests"):
+        if path.parent == ROOT or path.is_relative_to(ROOT / "runtime"):  # no .venv in it
             del sys.modules[name]
 
 
