@@ -29,6 +29,7 @@ from experiments.drawing import (
     steps,
     varied,
 )
+from experiments.median import median
 from experiments.rows import Rows, read
 from experiments.scaling import (
     STEPS,
@@ -109,7 +110,8 @@ def draw(rows: Rows, folder: Path) -> None:
     pictures = {make.__name__: make for make in (figure5, figure6, figure8, figure9, figure10,
                                                  figure12, figure13, guidance)}
     pictures |= {"figure7": lambda rows: figure7(folder / "samples"),
-                 "narrow": lambda rows: narrow(rows, folder / "samples")}
+                 "narrow": lambda rows: narrow(rows, folder / "samples"),
+                 "median": lambda rows: median(folder / "median.json")}
     for name, make in pictures.items():
         try:
             save_picture(folder / f"{name}.png", lambda make=make: make(rows))

@@ -20,6 +20,7 @@ RECIPE = TrainConfig(batch_size=64, loss="mse", min_snr=0.3, optimizer="muon", l
                      lr_schedule="constant", ema_decay=0.999, checkpoint_every=250)
 CHANGES = {"muon": {}, "muon-0.002": {"lr": 0.002}, "muon-0.008": {"lr": 0.008},
            "adamw": {"optimizer": "adamw", "lr": 0.001, "min_snr": 0.0},
+           **{f"adamw-{lr}": {"optimizer": "adamw", "lr": lr} for lr in (0.0005, 0.002, 0.004)},
            **{name: {} for name in STARTS}}  # what differs from RECIPE
 # A row's digest leaves out what has a column of its own and what changes no result.
 NOT_IN_DIGEST = {"model", "block", "predicts", "seed", "epochs", "checkpoint", "checkpoint_every",
@@ -104,6 +105,7 @@ def everything() -> Entries:
             *((Network(block=block, seed=seed), curve) for seed in (1, 2) for block in BLOCKS),
             *((Network(block=block, recipe="adamw"), curve)
               for block in ("adaLN-Zero", "in-context")),
+            *((Network(recipe=f"adamw-{lr}"), ends) for lr in (0.0005, 0.002, 0.004)),
             *((Network(model), sampling(model)) for model in small),  # Figure 10
             *((Network(model), guidance) for model in GUIDED),
             *((Network(model, seed=seed), curve) for seed in (1, 2) for model in small),
