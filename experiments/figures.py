@@ -56,18 +56,28 @@ from runtime.files import write_atomically
 from runtime.pictures import save_picture, tile
 from runtime.script import exit_status
 
+PARTS = {  # of adaLN-Zero, by recipe: label, colour and marker
+    "muon-zero": ("adaLN, starts at zero", "#56B4E9", "<"),
+    "muon-xavier": ("adaLN-Zero, starts as xavier", "#D55E00", "s"),
+    "muon-gate-1": ("adaLN-Zero, gates start at 1", "#CC79A7", "D")}
+
 
 def figure5(rows: Rows) -> Figure:
-    """FID against steps, the four block designs."""
+    """FID against steps: the four block designs; gates and a start at zero, separately."""
     mine = found(select(rows, model="B/4", block=None, epoch=None))
-    figure = new_figure(7, 4.4)
-    axes = figure.subplots()
+    figure = new_figure(10, 4.4)
+    designs, parts = figure.subplots(1, 2, sharey=True)
     for block in BLOCKS:
         of_block = [row for row in mine if row["block"] == block]
-        curve(axes, of_block, steps, color=COLORS[block], marker=MARKERS[block], label=block)
-    real_line(axes, rows, CURVE_IMAGES)
-    finish(axes, xlabel=STEPS)
-    axes.legend(fontsize=FONT)
+        for axes in (designs, parts) if block.startswith("adaLN") else (designs,):
+            curve(axes, of_block, steps, color=COLORS[block], marker=MARKERS[block], label=block)
+    for recipe, (label, color, marker) in PARTS.items():
+        of_part = select(rows, model="B/4", block=None, epoch=None, recipe=recipe)
+        curve(parts, of_part, steps, color=color, marker=marker, label=label)
+    for axes in (designs, parts):
+        real_line(axes, rows, CURVE_IMAGES)
+        finish(axes, xlabel=STEPS)
+        axes.legend(fontsize=FONT)
     return figure
 
 
