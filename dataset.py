@@ -41,10 +41,10 @@ class Digits:
 
 def load_mnist(train: bool, data_dir: str | Path = "mnist", device: str | torch.device = "cpu",
                limit: int = 0, image_size: int = 28) -> Digits:
-    """The 60,000 training or 10,000 test images, or `limit` of them, with a black border.
+    """The 60,000 training or 10,000 test images, or `limit` of them.
 
-    They are read from the canonical archives in data_dir/MNIST/raw/; nothing is written. DataError
-    if one is missing or damaged.
+    A black border fills them up to image_size. They are read from the canonical archives in
+    data_dir/MNIST/raw/; nothing is written. DataError if one is missing or damaged.
     """
     raw = Path(data_dir) / "MNIST" / "raw"
     archives = MNIST.resources[:2] if train else MNIST.resources[2:]

@@ -6,7 +6,7 @@ the papers; x_t with t = 0 is their x_1. In every formula, images and noise are 
 (N,), ints in [0, T), one per image, and y is (N,), class labels.
 
 A model is any callable out = model(x_t, t, y). `out` is eps_hat, (N, C, H, W); a network that also
-predicts the variance returns eps_hat and v, (N, 2C, H, W).
+predicts the variance returns eps_hat and v, (N, 2C, H, W): iDDPM's v, not the target of `as_eps`.
 """
 
 import math
@@ -36,7 +36,7 @@ class GaussianDiffusion:
 
     def __init__(self, timesteps: Tensor | None = None, device: torch.device | str = "cpu"):
         beta = torch.linspace(*BETA, T, dtype=torch.float64, device="cpu")  # DDPM section 4
-        if timesteps is not None:  # beta from the kept time before each (iDDPM eq. 19)
+        if timesteps is not None:  # beta between the kept times (iDDPM eq. 19)
             alpha_bar = torch.cumprod(1 - beta, dim=0)[timesteps]
             beta = 1 - alpha_bar / _shifted(alpha_bar)
         self.timesteps = torch.arange(T, device="cpu") if timesteps is None else timesteps
@@ -174,7 +174,7 @@ class GaussianDiffusion:
                   eta: float) -> Tensor:
         """x_t-1 from x_t (DDIM eq. 12, whose alpha is DDPM's alpha_bar). out, z: as above.
 
-        eta = 0 is deterministic, eta = 1 has the variance beta_tilde. A predicted one is not used.
+        eta = 0 is deterministic, eta = 1 has variance beta_tilde. A learned variance is ignored.
         """
         eps_hat, _ = split(out, x_t)
         x_0_hat = self.predict_x_0(x_t, t, eps_hat, clip)

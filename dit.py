@@ -101,7 +101,7 @@ class PlainFinalLayer(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """That of adaLN and adaLN-Zero: c modulates. x: (N, L, D), c: (N, D) -> (N, L, p*p*C_out)."""
+    """For adaLN and adaLN-Zero, modulated by c. x: (N, L, D), c: (N, D) -> (N, L, p*p*C_out)."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
@@ -115,7 +115,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """eps_theta(x_t, t, y), the noise predictor. initialize=False: its weights are loaded later."""
+    """eps, x_0 or v (`config.predicts`) of (x_t, t, y). initialize=False: see `load_model`."""
 
     def __init__(self, config: ModelConfig, initialize: bool = True):
         super().__init__()

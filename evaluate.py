@@ -1,4 +1,4 @@
-"""Compare generated digits with real ones: are they as requested, as varied, and not memorised?
+"""Compare generated digits with real ones: are they correct, as diverse, and new?
 
     python evaluate.py --sampler ddim --guidance 1 1.25 1.5 2 --json results.json
 """
@@ -95,8 +95,8 @@ def fid(real: Tensor, generated: Tensor) -> float:
 def coverage_metrics(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
     """Precision, recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-    real: (N, D), generated: (M, D) features. Each has a ball that reaches to its k-th neighbour in
-    its own set, not counting itself. k is 5 for all four, as in the second paper; the first has 3.
+    real: (N, D), generated: (M, D) features. Each point has a ball that reaches to its k-th
+    neighbour in its own set. k is 5 for all four, as in the second paper; the first has 3.
     Precision: share of generated points in real balls. Recall: share of real points in generated
     balls. Density: real balls around a generated point, over k. Coverage: share of real balls that
     hold a generated point. ValueError unless N > k and M > k.
@@ -115,8 +115,8 @@ def coverage_metrics(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, f
 def memorised(images: Tensor, training: Tensor) -> dict[str, float]:
     """How far images (N, 1, 28, 28) are from the nearest training image, in L2 distance.
 
-    memorised: the share 3 times nearer to one than to the next (Yoon et al. 2023): copies with
-    little noise. A copy moved by a pixel goes unnoticed. nearest: the median distance.
+    memorised: the share 3 times nearer to the nearest than to the second nearest (Yoon et al.
+    2023): copies with little noise. One moved by a pixel goes unnoticed. nearest: median distance.
     """
     near, other = in_batches(lambda x: torch.cdist(x.flatten(1), training.flatten(1))
                              .topk(2, largest=False)[0], images).T
@@ -146,7 +146,7 @@ def balanced(digits: Digits, labels: Tensor) -> Tensor:
 def sample_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Tensor]:
     """n images (n, 1, 28, 28) in [-1, 1], of the digits 0 to 9 in turn, and their labels (n,).
 
-    settings: those of `generate`. No two batches share their noise, of any seeds below 17 million.
+    settings: those of `generate`. Seeds below 17 million share no batch's noise.
     """
     labels = torch.arange(n) % model.config.num_classes
     at_once = AT_ONCE if records(model.pos_embed.device) and n % BATCH_SIZE == 0 else 1

@@ -14,7 +14,7 @@ A, B, C = 3.4445, -4.7750, 2.0315  # s -> A s + B s^3 + C s^5, five times
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Newton-Schulz: U V^T for U S V^T, (K, m, n); S of 0.7 to 1.2, less where it was tiny."""
+    """U S' V^T for U S V^T, (K, m, n), by Newton-Schulz; S' in 0.7 to 1.2, less where S is tiny."""
     wide = matrices.shape[1] <= matrices.shape[2]
     X = matrices if wide else matrices.mT
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above 1; 0 stays 0
@@ -25,7 +25,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices, (m, n) each. lr: a number, or a tensor of one, ()."""
+    """For matrices, (m, n) each. lr: a number or a 0-dimensional tensor."""
 
     def __init__(self, matrices: Iterable[Tensor], lr: float | Tensor):
         super().__init__(matrices, {"lr": lr})
@@ -45,6 +45,6 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[matrix]["momentum"] for matrix in matrices]
                 torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
                 updates = torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))  # Nesterov
-                rms = 0.2 * max(shape)**0.5  # as AdamW's (Liu et al. 2025, arXiv 2502.16982)
-                updates = group["lr"] * rms * orthogonalized(updates)
+                scale = 0.2 * max(shape)**0.5  # as AdamW's RMS (Liu et al., arXiv 2502.16982)
+                updates = group["lr"] * scale * orthogonalized(updates)
                 torch._foreach_sub_(matrices, updates.unbind())

@@ -161,7 +161,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
 # The command line
 
 def configure(model: str = "", **given) -> TrainConfig:
-    """The recipe with these fields of both configs. model: a name. SettingError if one is wrong."""
+    """TrainConfig from fields of both configs. model: of FAMILY or PAPER. SettingError if wrong."""
     network = (FAMILY | PAPER)[model] if model else ModelConfig()
     network = replace(network, in_channels=1, num_classes=10)
     of_network = {f.name: given.pop(f.name) for f in fields(ModelConfig) if f.name in given}

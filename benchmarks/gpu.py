@@ -4,8 +4,8 @@
     python -m benchmarks.gpu $OUT runs                        whole commands, 500 epochs, evaluation
     python -m benchmarks.gpu $OUT study                       the study, with a table of its own
 
-Each part writes PART.json, after every item, and PART.tar.gz into the folder. Today's default is
-measured in the same call. What no longer fits into --minutes is left out, and said.
+Each part writes PART.json, after every item, and PART.tar.gz into the folder. What no longer fits
+into --minutes is left out, and said.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ from inference import generate
 from runtime.checkpoint import load_model
 from runtime.files import PROJECT
 
-VARIANTS = {"default": (False, True), "plain": (False, False), "recorded": (True, False),
+VARIANTS = {"compiled": (False, True), "plain": (False, False), "recorded": (True, False),
             "recorded-compiled": (True, True)}  # of training: DIT_RECORD, and --compile
 QUICK = "recorded_steps or samples_are or test_loss"  # the tests of parity
 
@@ -185,7 +186,7 @@ def times(part: Part) -> None:
             step(batch_size, name)
     step(300, "recorded", tf32=True)
     for on in (False, True):
-        name = "recorded" if on else "default"
+        name = "recorded" if on else "plain"
         part.item(f"test loss, {name}", calling(held_out_time), 60, on)
         part.item(f"1000 steps of ten digits, {name}", calling(sampling_time, 10, 1000), 60, on)
         for n in (BATCH_SIZE, BATCH_SIZE * AT_ONCE):
@@ -196,7 +197,7 @@ def times(part: Part) -> None:
     part.item("a run of 3 steps", ["train.py", "--epochs", 1, "--limit", 900, "--no-compile",
                                    "--checkpoint", part.work / "three.pth"], 60, True, dict)
     part.item("profile of 12 epochs", calling(profiled, "--epochs", "12", "--no-compile"), 90, True)
-    for name in ("default", "recorded-compiled"):  # each compiles for half a minute
+    for name in ("compiled", "recorded-compiled"):  # each compiles for half a minute
         step(300, name)
 
 
@@ -246,10 +247,11 @@ def runs(part: Part) -> None:
     scored("mse", "ddim", 1, 1.25, 1.5, 2)
     for seed in (0, 1, 2):
         for count in (3, 10, 30, 100):
-            for loss in ("l1", "mse"):
-                name = f"{loss}-{count}-{seed}"
-                trained(name, record, *options, "--loss", loss, "--epochs", count, "--seed", seed)
-                scored(name, "ddim", 1, 2)
+            for loss, predicts in product(("l1", "mse"), ("eps", "x_0")):
+                name = f"{loss}-{predicts}-{count}-{seed}"
+                trained(name, record, *options, "--loss", loss, "--predicts", predicts,
+                        "--epochs", count, "--seed", seed)
+                scored(name, "ddim", 1, 1.25, 1.5, 2)
     scored("l1", "ddpm", 1, 1.25, 1.5)
     scored("mse", "ddpm", 1, 1.25, 1.5, 2)
 

@@ -19,6 +19,7 @@ TABLE = Path(__file__).with_name("results") / "runs.csv"
 RECIPE = TrainConfig(batch_size=64, loss="mse", min_snr=0.3, optimizer="muon", lr=0.004,
                      lr_schedule="constant", ema_decay=0.999, checkpoint_every=250)
 CHANGES = {"muon": {}, "muon-0.002": {"lr": 0.002}, "muon-0.008": {"lr": 0.008},
+           "muon-unweighted": {"min_snr": 0.0},
            "adamw": {"optimizer": "adamw", "lr": 0.001, "min_snr": 0.0},
            **{f"adamw-{lr}": {"optimizer": "adamw", "lr": lr} for lr in (0.0005, 0.002, 0.004)},
            **{name: {} for name in STARTS}}  # what differs from RECIPE
@@ -89,18 +90,20 @@ def everything() -> Entries:
     small = ("S/7", "B/7", "S/4", "L/7", "XL/7", "B/4", "L/4", "XL/4")  # from fast to slow
     large = ("S/2", "B/2", "L/2", "XL/2")
 
-    def rates(model: str, block: str) -> list[Network]:
-        return [Network(model, block, f"muon-{rate}") for rate in ("0.002", "0.008")]
+    def rates(model: str, block: str, *rates: float) -> list[Network]:
+        return [Network(model, block, f"muon-{rate}") for rate in rates]
 
     def sampling(model: str) -> list[Setting]:
         return [Setting(sampling_steps=steps) for steps in SAMPLING_STEPS
                 if steps * cost(FAMILY[model])["multiply_adds"] <= MAX_PER_IMAGE]
 
     return [  # is one learning rate good for all?
-            *((network, curve[2:3]) for network in rates("B/4", "in-context")),
+            *((network, curve[2:3]) for network in (
+                *rates("B/4", "in-context", 0.002, 0.008), *rates("B/4", "adaLN", 0.002, 0.008),
+                *rates("B/4", "cross-attention", 0.008))),
             *((Network(block=block), curve) for block in BLOCKS),  # Figure 5
             *((Network(model), curve) for model in small),  # Figures 6 to 9, 12 and 13
-            *((network, curve[2:3]) for network in rates("XL/4", "adaLN-Zero")),
+            *((network, curve[2:3]) for network in rates("XL/4", "adaLN-Zero", 0.002, 0.008)),
             *((Network(model), curve) for model in ("S/2", "B/2")),
             *((Network(block=block, seed=seed), curve) for seed in (1, 2) for block in BLOCKS),
             *((Network(block=block, recipe="adamw"), curve)
@@ -118,7 +121,13 @@ def everything() -> Entries:
             *((Network(model, seed=seed, predicts=predicts), ends) for seed in (0, 1, 2)
               for model in small for predicts in ("x_0", "v")),
             *((Network(model, predicts=predicts), ends) for model in ("S/2", "B/2")
-              for predicts in ("x_0", "v"))]
+              for predicts in ("x_0", "v")),
+            *((Network(recipe="muon-unweighted", predicts=predicts), ends)
+              for predicts in ("eps", "x_0")),
+            # Checks of the findings
+            *((Network(model), [replace(setting, guidance=1.5) for setting in sampling(model)])
+              for model in GUIDED),
+            *((Network(model, seed=1), curve) for model in ("S/2", "B/2"))]
 
 
 @cache

@@ -31,7 +31,7 @@ def keep_freed_memory() -> None:
 def compiled(model: DiT, batch_size: int) -> nn.Module:
     """The network with its blocks in C++ where possible, else torch.compile(model).
 
-    C++ makes a training step twice as fast, torch.compile on a GPU 1.6 times. Where neither works,
+    C++ makes a training step twice as fast, torch.compile on a GPU, too. Where neither works,
     `model` itself, and one line that says why.
     """
     network = fused(model)
