@@ -92,7 +92,8 @@ class GaussianDiffusion:
         """`model`, with its output read as eps by eq. 4.
 
         predicts: what the output is: eps, x_0 (Li & He 2025, arXiv 2511.13720), or
-        v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans & Ho 2022).
+        v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans & Ho 2022), which with eq. 4
+        gives eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t.
         """
         def eps_model(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
             out, variance = split(model(x_t, t, y), x_t)
@@ -158,7 +159,7 @@ class GaussianDiffusion:
         """
         moments = ((self.q_posterior(x_0, x_t, t)[0], _at(self.log_beta_tilde, t, x_t)),
                    self.p_mean_log_variance(x_t, t, out, clip))
-        q, p = (Normal(mean, (log_variance / 2).exp(), False) for mean, log_variance in moments)
+        q, p = (Normal(mean, (log_var / 2).exp(), validate_args=False) for mean, log_var in moments)
         nats = torch.where(t.reshape(-1, 1, 1, 1) > 0, kl_divergence(q, p),
                            -discretized_log_likelihood(x_0, p))
         return nats.flatten(1).mean(dim=1) / math.log(2)
@@ -200,7 +201,7 @@ class GaussianDiffusion:
             time = int(chain.timesteps[i])
             on_step(time + 1, x_t)
             out = model(x_t, torch.full_like(y, time), y)
-            z = noise(x_t.shape, generator).to(x_t)
+            z = noise(x_t.shape, generator).to(x_t)  # unused at t = 0, and in DDIM at eta = 0
             x_t = step(x_t, torch.full_like(y, i), out, z, clip)
         on_step(0, x_t)
         return x_t
@@ -244,7 +245,7 @@ def discretized_log_likelihood(x_0: Tensor, p: Normal) -> Tensor:
 
     The first and last levels include the tails, so the 256 probabilities sum to 1. In nats.
     """
-    # By symmetry in the lower tail, where a small probability is a difference of small numbers.
+    # Mirrored into the lower tail, where small probabilities keep their digits.
     side = torch.where(x_0 > p.mean, -1.0, 1.0)
     x, mean = side * x_0, side * p.mean
     lower, upper = (0.5 * torch.special.erfc((mean - edge) / (p.stddev * math.sqrt(2)))

@@ -1,8 +1,8 @@
 """The four block designs of DiT section 3.2: how the timestep t and the label y reach the tokens.
 
-They are in the paper's order: in-context, cross-attention, adaLN, adaLN-Zero. Figure 3, which
-leaves out plain adaLN, calls shift, scale and gate beta, gamma and alpha: the schedule's names.
-Shapes: N images, L tokens per image, D the width of a token.
+They are in the paper's order: in-context, cross-attention, adaLN, adaLN-Zero. Figure 3, without
+plain adaLN, calls shift, scale and gate beta, gamma and alpha, names of the diffusion here.
+Shapes: N images, L tokens per image, D the width of a token. eps = 1e-6 is the paper's code's.
 """
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V. q: (N, heads, L, d); k, v: (N, heads, M, d) -> (N, L, D)."""
+    """softmax((Q / sqrt(d)) K^T) V. q: (N, heads, L, d); k, v: (N, heads, M, d) -> (N, L, D)."""
     # Written out because F.scaled_dot_product_attention would hide the formula.
     weights = ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1)  # (N, heads, L, M)
     return (weights @ v).transpose(1, 2).flatten(2)

@@ -7,7 +7,7 @@
 
 from runtime.start import before_torch
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # it sets what torch reads when it is imported
     before_torch()
 
 import argparse

@@ -19,8 +19,8 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     X = matrices if wide else matrices.mT
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above 1; 0 stays 0
     for _ in range(5):
-        S = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(S, S, S, beta=B, alpha=C), X, beta=A)
+        G = X @ X.mT  # then A X + B G X + C G G X
+        X = torch.baddbmm(X, torch.baddbmm(G, G, G, beta=B, alpha=C), X, beta=A)
     return X if wide else X.mT
 
 

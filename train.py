@@ -8,7 +8,7 @@
 
 from runtime.start import before_torch
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # it sets what torch reads when it is imported
     before_torch()
 
 import argparse
@@ -47,6 +47,7 @@ def make_optimizers(model: DiT, cfg: TrainConfig) -> list[torch.optim.Optimizer]
     """Muon for the blocks' matrices and AdamW for the rest, or AdamW for all; no weight decay."""
     muon = cfg.optimizer == "muon"
     matrices = [p for p in model.blocks.parameters() if muon and p.ndim == 2]
+    # `in` would compare values.
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=True)]
     if matrices:
@@ -118,7 +119,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
     diffusion = GaussianDiffusion(device=device)
     test_batches = held_out(diffusion, test_set)
     torch.manual_seed(cfg.seed)  # the initial weights
-    model = DiT(cfg.model).to(device).train()
+    model = DiT(cfg.model).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, cfg)
     generator = torch.Generator(device).manual_seed(cfg.seed)  # of t, eps and dropped labels
