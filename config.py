@@ -17,7 +17,7 @@ BLOCKS = ("in-context", "cross-attention", "adaLN", "adaLN-Zero")  # the order o
 
 
 def option(default, help, **argparse_settings):
-    """A dataclass field that `train.py` offers on its command line."""
+    """A dataclass field that `train.py` offers on its command line, with its default and help."""
     flag = type(default) is bool
     kind = {"action": BooleanOptionalAction} if flag else {"type": type(default)}
     described = {"help": f"{help} (default: {default})"}
@@ -30,13 +30,13 @@ class ModelConfig:
 
     image_size: int = option(28, "side of the images: MNIST's 28, or more with a black border")
     patch_size: int = option(4, "side of a square patch; must divide the side of the images")
-    in_channels: int = 1
+    in_channels: int = 1  # grey; the paper's latents have 4
     hidden_size: int = option(64, "width of a token; a multiple of 4 and of the number of heads")
     depth: int = option(3, "number of blocks")
     num_heads: int = option(4, "attention heads of a block")
     block: str = option("adaLN-Zero", "how t and y condition it (DiT section 3.2)", choices=BLOCKS)
     mlp_ratio: float = option(4.0, "hidden width of a block's MLP over the width of a token")
-    num_classes: int = 10
+    num_classes: int = 10  # and one more, the null class of guidance
     class_dropout_prob: float = option(0.1, "share of labels dropped in training, for guidance")
     predicts: str = option("eps", "what the output is: the noise eps, the image x_0, or v",
                            choices=("eps", "x_0", "v"))
@@ -49,6 +49,7 @@ class ModelConfig:
         _check_types(self)
         for f in fields(self):
             if f.type in (int, float):
+                # More is never needed, and a damaged file could ask for all of the memory.
                 _require_within(self, f.name, 1 if f.type is int else 0, 2**14)
         _require_within(self, "class_dropout_prob", 0, 1)
         require(self.hidden_size * self.mlp_ratio >= 1, "mlp_ratio leaves the MLP no hidden unit")

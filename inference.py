@@ -2,7 +2,6 @@
 
     python inference.py                                one image of each digit, 1000 steps of DDPM
     python inference.py --sampler ddim --digits 3 7 --per-digit 4 --gif digits.gif
-    python inference.py --sampler ddim --columns 1 --per-digit 20          a sheet of 200 digits
 """
 
 from runtime.start import before_torch
@@ -81,8 +80,8 @@ def sample_pictures(args: argparse.Namespace) -> None:
             f"{args.columns} times: see --per-digit and --columns")
     y = torch.tensor(args.digits).repeat_interleave(args.per_digit)
     all_times = [*reversed((diffusion.respaced(args.steps).timesteps + 1).tolist()), 0]
-    times = denser_at_the_end(all_times, args.columns)
-    frames = denser_at_the_end(all_times, 31) if args.gif else []
+    times = denser_at_the_end(all_times, args.columns)  # of the picture's columns
+    frames = denser_at_the_end(all_times, 31) if args.gif else []  # of the animation
     kept = {}  # t -> x_t
     with tqdm(total=args.steps, unit="step", mininterval=0.5) as bar:
 
@@ -93,8 +92,8 @@ def sample_pictures(args: argparse.Namespace) -> None:
 
         generate(model, y, sampler=args.sampler, steps=args.steps, eta=args.eta,
                  guidance=args.guidance, seed=args.seed, diffusion=diffusion, on_step=on_step)
-    rows, columns, names = kept[0].split(args.per_digit), [], args.digits
-    if args.columns > 1:
+    rows, columns, names = kept[0].split(args.per_digit), [], args.digits  # a row per digit
+    if args.columns > 1:  # a row per image, from noise to clean
         rows, names = torch.stack([kept[t] for t in times], dim=1), y.tolist()
         columns = [f"t={t}" for t in times]
     save_picture(args.output, lambda: show(rows, columns, [str(digit) for digit in names]))

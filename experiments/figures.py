@@ -69,6 +69,7 @@ def figure5(rows: Rows) -> Figure:
     designs, parts = figure.subplots(1, 2, sharey=True)
     for block in BLOCKS:
         of_block = [row for row in mine if row["block"] == block]
+        # Both adaLN designs are in both panels, to compare with
         for axes in (designs, parts) if block.startswith("adaLN") else (designs,):
             curve(axes, of_block, steps, color=COLORS[block], marker=MARKERS[block], label=block)
     for recipe, (label, color, marker) in PARTS.items():
@@ -82,7 +83,10 @@ def figure5(rows: Rows) -> Figure:
 
 
 def figure7(samples: Path) -> Figure:
-    """Samples from the same noise: larger networks downwards, smaller patches to the right."""
+    """Samples from the same noise: larger networks downwards, smaller patches to the right.
+
+    samples: the directory of the strips, ten digits of 28 x 28 side by side in each.
+    """
     figure = new_figure(9, 5.6)
     paths = {name: samples / f"{Network(name).name}.png" for name in FAMILY}
     found([path for path in paths.values() if path.exists()])
@@ -100,7 +104,7 @@ def figure7(samples: Path) -> Figure:
 
 
 def guidance(rows: Rows) -> Figure:
-    """FID, precision and recall against the strength of guidance."""
+    """FID, precision and recall against the strength of guidance (1: none), of seed 0."""
     mine = varied([row for row in select(rows, guidance=None, seed=0) if row["model"] in GUIDED],
                   "guidance")
     figure = new_figure(9, 3.2)
@@ -119,6 +123,7 @@ def draw(rows: Rows, folder: Path) -> None:
     """All pictures and tables.md into `folder`, which holds samples/. OSError if it cannot."""
     pictures = {make.__name__: make for make in (figure5, figure6, figure8, figure9, figure10,
                                                  figure12, figure13, guidance)}
+    # These need more than the rows.
     pictures |= {"figure7": lambda rows: figure7(folder / "samples"),
                  "narrow": lambda rows: narrow(rows, folder / "samples"),
                  "median": lambda rows: median(folder / "median.json")}

@@ -57,7 +57,7 @@ def figure6(rows: Rows) -> Figure:
             curves(axes, inside, steps)
             finish(axes, title=panel, xticks=(2, 4, 6, 8, 10))
             axes.label_outer()
-        else:
+        else:  # the place of the legend
             axes.set_axis_off()
     grid[0, 2].tick_params(labelbottom=False)
     handles = {label: handle for axes in grid.flat
@@ -74,10 +74,11 @@ def power_law(axes: Axes, models: dict[str, tuple[float, float]]) -> str:
 
     models: flops and FID by name.
     """
-    if len(models) < 5:
+    if len(models) < 5:  # too few for a band
         return ""
     flops, fid = (logs(values) for values in zip(*models.values(), strict=True))
     line, (r, low, high) = Line(fid, flops), correlation_interval(flops, fid)
+    # Evenly spaced logarithms, for a smooth band
     x = [min(flops) + (max(flops) - min(flops)) * i / 50 for i in range(51)]
     y, width = zip(*(line.at(at) for at in x), strict=True)
     x = [math.exp(at) for at in x]
@@ -102,7 +103,10 @@ def key(figure: Figure, real: list) -> None:
 
 
 def figure8(rows: Rows) -> Figure:
-    """FID at the end against flops, ours and the paper's, with fitted power laws."""
+    """FID at the end against flops, ours and the paper's, with fitted power laws.
+
+    S/7 is drawn, but not fitted: it cannot predict noise. Bars span the seeds.
+    """
     mine = found(select(rows, n=FINAL_IMAGES))
     figure = new_figure(9, 4)
     ours, papers = figure.subplots(1, 2)
@@ -118,7 +122,7 @@ def figure8(rows: Rows) -> Figure:
     models = {name: (1e9 * gflops, fid) for name, (gflops, _, fid) in TABLE_4.items()}
     for name, point in sorted(models.items(), key=lambda model: model[0][-1], reverse=True):
         size, patch = name.split("/")
-        papers.plot(*point, color=COLORS[size], marker=MARKERS[min(int(patch), 7)])
+        papers.plot(*point, color=COLORS[size], marker=MARKERS[min(int(patch), 7)])  # 8: our 7
     real_line(ours, rows, FINAL_IMAGES)
     laws = power_law(ours, at_the_end(rows, "multiply_adds", "FID")), power_law(papers, models)
     for axes, whose, law in zip((ours, papers), ("MNIST", "the paper"), laws, strict=True):
@@ -130,7 +134,7 @@ def figure8(rows: Rows) -> Figure:
 
 
 def figure9(rows: Rows) -> Figure:
-    """FID against training compute."""
+    """FID against training compute. Curves cross where a larger model overtakes a smaller one."""
     mine = found(select(rows, epoch=None))
     figure = new_figure(8, 4.6)
     axes = figure.subplots()
@@ -141,7 +145,7 @@ def figure9(rows: Rows) -> Figure:
 
 
 def figure10(rows: Rows) -> Figure:
-    """FID against sampling compute."""
+    """FID against sampling compute: each line has 10 to 1000 steps of DDIM."""
     mine = varied(select(rows, sampling_steps=None, seed=0), "sampling_steps")
     figure = new_figure(8, 4.6)
     axes = figure.subplots()
@@ -181,6 +185,7 @@ def figure13(rows: Rows) -> Figure:
     curves(left, mine, steps, "test_loss")
     finish(left, "test loss (squared error of eps)", xlabel=STEPS)
     for name in FAMILY:
+        # Points of one model only, in the order of training
         points = sorted((row["epoch"], row["test_loss"], row["FID"]) for row in mine
                         if row["model"] == name)
         if points:

@@ -13,16 +13,20 @@ from experiments.rows import Rows
 from experiments.study import FINAL_IMAGES, IMPOSSIBLE, PATCHES, Network, select
 from experiments.tables import least_loss
 
+# What the output is read as; colour and marker
 TARGETS = {"eps": ("#0072B2", "o"), "v": ("#009E73", "^"), "x_0": ("#D55E00", "s")}
 
 
 def width_per_value(row: dict) -> float:
-    """The width of a token over the number of values in its patch."""
+    """The width of a token over the values of its patch: below 1, it cannot hold the noise."""
     return FAMILY[row["model"]].hidden_size / FAMILY[row["model"]].patch_size ** 2
 
 
 def narrow(rows: Rows, samples: Path) -> Figure:
-    """FID, accuracy and test loss of eps, v and x_0 against the width of a token; S/7's digits."""
+    """FID, accuracy and test loss of eps, v and x_0 against the width of a token; S/7's digits.
+
+    rows: of runs.csv; samples: the directory of the strips of ten digits.
+    """
     mine = found(select(rows, predicts=None, n=FINAL_IMAGES))
     figure = new_figure(9, 4.6)
     grid = figure.add_gridspec(2, 3, height_ratios=(3.2, 1))
@@ -38,6 +42,7 @@ def narrow(rows: Rows, samples: Path) -> Figure:
                          label="least for eps, S/7")
         else:
             real_line(axes, rows, FINAL_IMAGES, name)
+        # Ticks at plain numbers
         axes.set_xscale("log", base=2)
         finish(axes, name.replace("_", " "), xlabel="width of a token / values of a patch")
         axes.xaxis.set_major_locator(FixedLocator([0.5, 1, 2, 4, 8, 16]))

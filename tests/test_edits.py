@@ -67,7 +67,7 @@ def process():
 def enter(folder: Path) -> None:
     """From now on, the project is its copy in this folder."""
     os.chdir(folder)
-    sys.path.insert(0, str(folder))  # of this process, which ends with the test
+    pytest.MonkeyPatch().syspath_prepend(folder)  # never undone: the process ends with the test
     for name, module in list(sys.modules.items()):
         path = Path(getattr(module, "__file__", None) or "/")
         if path.parent == ROOT or path.is_relative_to(ROOT / "runtime"):  # no .venv in it
