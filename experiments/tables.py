@@ -4,11 +4,13 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
+from scipy import stats
+
 from config import BLOCKS, FAMILY, ModelConfig
 from diffusion import GaussianDiffusion
 from experiments import study
 from experiments.crossings import crossing_lines
-from experiments.fits import Line, correlation_interval, logs, paired, t_quantile
+from experiments.fits import Line, correlation_interval, logs
 from experiments.paper import TABLE_4
 from experiments.rows import METRICS, REAL, Rows
 from experiments.study import CURVE_IMAGES, FINAL_IMAGES, IMPOSSIBLE, PATCHES, select
@@ -87,7 +89,7 @@ def noise_table(rows: Rows) -> str:
         return markdown(("standard deviation of log FID",), [])
     deviation = math.sqrt(sum(statistics.variance(group) * (len(group) - 1)
                               for group in groups) / dof)
-    least = math.exp(t_quantile(dof) * math.sqrt(2) * deviation) - 1
+    least = math.exp(stats.t.ppf(0.975, dof) * math.sqrt(2) * deviation) - 1
     return markdown(("networks", "standard deviation of log FID", "degrees of freedom",
                      "two single runs differ at the 5% level from"),
                     [(str(len(groups)), f"{deviation:.3f}", str(dof), f"{100 * least:.0f}%")])
@@ -104,10 +106,10 @@ def design_table(rows: Rows) -> str:
         for column, form in (("FID", "+.2f"), ("test_loss", "+.4f")):
             differences = [ends[a, seed][column] - ends[b, seed][column] for seed in seeds]
             if len(set(differences)) > 1:
-                mean, t, p = paired(differences)
+                t, p = stats.ttest_1samp(differences, 0)
                 lines.append((f"{a} - {b}", column.replace("_", " "),
                               ", ".join(f"{value:{form}}" for value in differences),
-                              f"{mean:{form}}", f"{t:.1f}", f"{p:.3f}"))
+                              f"{statistics.mean(differences):{form}}", f"{t:.1f}", f"{p:.3f}"))
     return markdown(("designs", "of", "by seed", "mean", "t", "p"), lines)
 
 
