@@ -1,4 +1,4 @@
-"""The tables of the report, in Markdown. Every number that the report quotes is in one of them."""
+"""The tables of the report, in Markdown. Most numbers that the report quotes are in them."""
 
 import math
 import statistics
