@@ -1,14 +1,18 @@
 """What the pictures share: colours, markers, a curve with its seeds, the line of real images."""
 
 from collections.abc import Callable
+from pathlib import Path
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from config import BLOCKS, FAMILY
 from experiments.rows import REAL, Rows
 from experiments.study import PATCHES, SIZES, over_seeds
-from runtime.pictures import DPI, tidy
+from runtime.pictures import DPI, tidy, tile
 
 # Okabe and Ito's colours, which differ for colour-blind readers too
 COLORS = dict(zip((*BLOCKS, *SIZES), ("#CC79A7", "#E69F00", "#009E73", "#0072B2",
@@ -62,6 +66,14 @@ def real_line(axes: Axes, rows: Rows, n: int, y: str = "FID") -> None:
     for row in rows:
         if (row["run"], row["n"]) == (REAL, n):
             axes.axhline(row[y], color="black", linestyle="-.", linewidth=1, label=REAL)
+
+
+def show_digits(axes: Axes, path: Path) -> None:
+    """The strip of ten digits of 28 x 28 in the file `path`, in two rows."""
+    strip = pil_to_tensor(Image.open(path)).chunk(10, dim=2)
+    digits = torch.stack(strip) / 127.5 - 1  # (10, 1, H, W)
+    axes.imshow(tile(digits.split(5)).numpy(), cmap="gray", vmin=-1, vmax=1)
+    axes.set_axis_off()
 
 
 def finish(axes: Axes, ylabel: str = "FID", **labels) -> None:

@@ -9,10 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
-from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor
 
 from config import BLOCKS, FAMILY
 from experiments.drawing import (
@@ -26,6 +23,7 @@ from experiments.drawing import (
     legend_outside,
     new_figure,
     real_line,
+    show_digits,
     steps,
     varied,
 )
@@ -53,7 +51,7 @@ from experiments.study import (
 from experiments.tables import all_tables
 from experiments.targets import narrow
 from runtime.files import write_atomically
-from runtime.pictures import save_picture, tile
+from runtime.pictures import save_picture
 from runtime.script import exit_status
 
 PARTS = {  # of adaLN-Zero, by recipe: label, colour and marker
@@ -67,6 +65,8 @@ def figure5(rows: Rows) -> Figure:
     mine = found(select(rows, model="B/4", block=None, epoch=None))
     figure = new_figure(10, 4.4)
     designs, parts = figure.subplots(1, 2, sharey=True)
+    designs.set_title("four block designs", fontsize=FONT)
+    parts.set_title("gates and a start at zero, separately", fontsize=FONT)
     for block in BLOCKS:
         of_block = [row for row in mine if row["block"] == block]
         # Both adaLN designs are in both panels, to compare with
@@ -76,7 +76,6 @@ def figure5(rows: Rows) -> Figure:
         of_part = select(rows, model="B/4", block=None, epoch=None, recipe=recipe)
         curve(parts, of_part, steps, color=color, marker=marker, label=label)
     for axes in (designs, parts):
-        real_line(axes, rows, CURVE_IMAGES)
         finish(axes, xlabel=STEPS)
         axes.legend(fontsize=FONT)
     return figure
@@ -95,9 +94,7 @@ def figure7(samples: Path) -> Figure:
         axes.set_axis_off()
         axes.set_title(name, fontsize=FONT + 1)
         if path.exists():
-            strip = pil_to_tensor(Image.open(path)).chunk(10, dim=2)
-            digits = torch.stack(strip) / 127.5 - 1  # (10, 1, H, W)
-            axes.imshow(tile(digits.split(5)).numpy(), cmap="gray", vmin=-1, vmax=1)
+            show_digits(axes, path)
         else:
             axes.text(0.5, 0.5, "not run yet", ha="center", transform=axes.transAxes)
     return figure

@@ -81,11 +81,13 @@ def median(table: Path) -> Figure:
     for (early, late), line in CHAINS.items():
         some = sorted((r for r in rows if (r["early"], r["late"]) == (early, late)),
                       key=lambda r: r["guidance"])
+        switch = "" if early == late else f", {NAMES[late]} below t = {BOUNDARY}"
         axes.plot([r["precision"] for r in some], [r["recall"] for r in some], **line,
-                  label=NAMES[early] if early == late else f"{NAMES[early]}, then {NAMES[late]}")
-        for r in some:
+                  label=NAMES[early] + switch)
+        for r in some:  # off the other lines
             axes.annotate(f"{r['guidance']:g}", (r["precision"], r["recall"]), fontsize=FONT - 2,
-                          xytext=(5, 4), textcoords="offset points")
+                          xytext=(5, 4) if early == "l1" else (-4, -13),
+                          textcoords="offset points")
     axes.set(xlabel="precision", ylabel="recall")
     tidy(axes, 1, 2, 5)
     axes.legend(fontsize=FONT - 1)

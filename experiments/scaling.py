@@ -41,7 +41,7 @@ from experiments.study import (
 
 STEPS = "training steps (thousands)"
 FLOPS = "flops of a forward pass (multiply-adds)"
-LOSSES = (0.02, 0.03, 0.04, 0.06)  # ticks
+LOSSES = (0.02, 0.025, 0.03, 0.04, 0.06)  # ticks
 LARGE_PATCHES_FIRST = sorted(FAMILY, key=lambda name: -FAMILY[name].patch_size)  # none is hidden
 
 

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter
-from PIL import Image
 
 from config import FAMILY
-from experiments.drawing import FONT, curve, finish, found, new_figure, real_line
+from experiments.drawing import FONT, curve, finish, found, new_figure, real_line, show_digits
 from experiments.rows import Rows
 from experiments.study import FINAL_IMAGES, IMPOSSIBLE, PATCHES, Network, select
 from experiments.tables import least_loss
@@ -38,10 +37,16 @@ def narrow(rows: Rows, samples: Path) -> Figure:
             curve(axes, some, width_per_value, name, color=color, marker=marker,
                   label=target if patch == PATCHES[0] else None)  # a line for each patch size
         if name == "test_loss":
-            axes.axhline(least_loss(FAMILY[IMPOSSIBLE]), color="black", linestyle="--",
-                         label="least for eps, S/7")
+            axes.hlines(least_loss(FAMILY[IMPOSSIBLE]), 0.5, 0.9, color="black", linestyle="--",
+                        label="least for eps, S/7")
+            axes.set_ylim(0.02, 0.5)
         else:
             real_line(axes, rows, FINAL_IMAGES, name)
+        if name == "FID":  # which line is whose
+            for row in select(mine, n=FINAL_IMAGES, seed=0):
+                if row["model"].startswith("S/"):
+                    axes.annotate(f"patch {row['model'][-1]}", (width_per_value(row), row[name]),
+                                  xytext=(7, 0), textcoords="offset points", fontsize=FONT - 2)
         # Ticks at plain numbers
         axes.set_xscale("log", base=2)
         finish(axes, name.replace("_", " "), xlabel="width of a token / values of a patch")
@@ -51,8 +56,6 @@ def narrow(rows: Rows, samples: Path) -> Figure:
         axes.legend(fontsize=FONT - 2)
     for column, target in enumerate(TARGETS):
         axes = figure.add_subplot(grid[1, column])
-        axes.imshow(Image.open(samples / f"{Network(IMPOSSIBLE, predicts=target).name}.png"),
-                    cmap="gray", origin="upper")
+        show_digits(axes, samples / f"{Network(IMPOSSIBLE, predicts=target).name}.png")
         axes.set_title(f"S/7 predicts {target}", fontsize=FONT)
-        axes.set_axis_off()
     return figure
