@@ -1,7 +1,4 @@
-"""The settings of a network and of a training run.
-
-A field with a help text is an option of `train.py`, so each default is defined once.
-"""
+"""Settings of a network and of a training run; fields with a help text are `train.py`'s options."""
 
 from argparse import BooleanOptionalAction
 from dataclasses import dataclass, field, fields
@@ -11,8 +8,7 @@ BETA = (1e-4, 0.02)  # variances of the first and the last step; those between a
 MNIST_IMAGES, MNIST_TEST_IMAGES = 60_000, 10_000
 STEPS = {"ddpm": T, "ddim": 50}  # sampling steps, by default
 SEEDS = (0, 2**32 - 1)  # least and greatest; torch's generator on a CPU takes 32 bits
-# Of classifier-free guidance, by default: the least one tried with 99.5% of the digits right.
-GUIDANCE = 2.0
+GUIDANCE = 2.0  # the least strength tried at which 99.5% of the digits of model.pth are right
 BLOCKS = ("in-context", "cross-attention", "adaLN", "adaLN-Zero")  # the order of DiT section 3.2
 
 
@@ -46,12 +42,9 @@ class ModelConfig:
     time_init_std: float = option(0.1, "initial standard deviation of the time MLP's weights")
 
     def __post_init__(self):
-        _check_types(self)
-        for f in fields(self):
-            if f.type in (int, float):
-                # More is never needed, and a damaged file could ask for all of the memory.
-                _require_within(self, f.name, 1 if f.type is int else 0, 2**14)
-        _require_within(self, "class_dropout_prob", 0, 1)
+        sizes = {f.name: (1, 2**14) for f in fields(self) if f.type is int}
+        _check(self, **sizes, mlp_ratio=(0, 2**14), class_dropout_prob=(0, 1),
+               label_init_std=(0, 100), time_init_std=(0, 100))
         require(self.hidden_size * self.mlp_ratio >= 1, "mlp_ratio leaves the MLP no hidden unit")
         for size, part in (("image_size", "patch_size"), ("hidden_size", "num_heads")):
             require(getattr(self, size) % getattr(self, part) == 0, f"{part} "
@@ -77,7 +70,7 @@ class TrainConfig:
                             choices=("muon", "adamw"))
     lr: float = option(0.005, "peak learning rate")
     lr_schedule: str = option("cosine", "decay to 0, or constant", choices=("cosine", "constant"))
-    ema_decay: float = option(0.9999, "decay of the EMA weights, which sample; lower at first")
+    ema_decay: float = option(0.9999, "decay of the EMA weights, which sample; ramped up at first")
     seed: int = option(0, "of initial weights, the images' order, t, noise and dropped labels")
     limit: int = option(0, "use the first LIMIT images of each split only; 0 for all")
     data_dir: str = option("mnist", "directory that holds MNIST/raw/ with the four archives")
@@ -87,12 +80,9 @@ class TrainConfig:
     compile: bool = option(True, "faster steps: C++ blocks on a CPU, else torch.compile")
 
     def __post_init__(self):
-        _check_types(self)
-        for name, least, most in (
-                ("epochs", 1, 1_000_000), ("batch_size", 1, MNIST_IMAGES),
-                ("checkpoint_every", 1, 10**9), ("limit", 0, MNIST_IMAGES), ("seed", *SEEDS),
-                ("min_snr", 0, 1e9), ("lr", 1e-12, 1e3), ("ema_decay", 0, 1 - 1e-9)):
-            _require_within(self, name, least, most)
+        _check(self, epochs=(1, 1_000_000), batch_size=(1, MNIST_IMAGES), limit=(0, MNIST_IMAGES),
+               checkpoint_every=(1, 10**9), seed=SEEDS, min_snr=(0, 1e9), lr=(1e-12, 1e3),
+               ema_decay=(0, 1 - 1e-9))
         require(self.batch_size <= (self.limit or MNIST_IMAGES),
                 f"batch_size {self.batch_size} exceeds limit {self.limit}")
         side = self.model.image_size
@@ -109,27 +99,20 @@ def require(condition: bool, sentence: str) -> None:
         raise SettingError(sentence)
 
 
-def _require_within(config: object, name: str, least: float, most: float) -> None:
-    value = getattr(config, name)
-    require(least <= value <= most, f"{name} must lie in [{least}, {most}], not {value}")
-
-
-def _check_types(config: object) -> None:
-    """Types and choices of all fields, whose values come from files too. Ints serve as floats."""
+def _check(config: object, **ranges: tuple[float, float]) -> None:
+    """SettingError for values out of their range, and for other ones than an option's choices."""
     for f in fields(config):
-        value, choices = getattr(config, f.name), f.metadata.get("choices")
-        require(choices is None or value in choices,
-                f"{f.name} must be one of {choices}, not {value!r}")
-        require(type(value) is f.type or (f.type is float and type(value) is int),
-                f"{f.name} must be of type {f.type.__name__}, not {value!r}")
+        value, choices = getattr(config, f.name), f.metadata.get("choices", ())
+        require(not choices or value in choices, f"{f.name} must be one of {choices}, not {value}")
+    for name, (least, most) in ranges.items():
+        value = getattr(config, name)
+        require(least <= value <= most, f"{name} must lie in [{least}, {most}], not {value}")
 
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PAPER = {  # DiT Table 1, depth, D and heads, for latents of 32 x 32 x 4 and ImageNet's classes
-    f"DiT-{size}/{patch}": ModelConfig(
-        image_size=32, patch_size=patch, in_channels=4, hidden_size=D, depth=depth,
-        num_heads=heads, num_classes=1000, learn_sigma=True, label_init_std=0.02,
-        time_init_std=0.02)
+    f"DiT-{size}/{patch}": ModelConfig(32, patch, 4, D, depth, heads, num_classes=1000,
+                                       learn_sigma=True, label_init_std=0.02, time_init_std=0.02)
     for size, (depth, D, heads) in SIZES.items() for patch in (8, 4, 2)}
 SMALL = {"S": (3, 32, 2), "B": (3, 64, 4), "L": (6, 80, 5), "XL": (7, 96, 6)}
 FAMILY = {  # Table 1 for MNIST: widths divided by about 12, depths by 4. B/4 is the default.

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.datasets import MNIST
-
-OWN = Path(__file__).resolve().parent / "mnist"  # the archives that this project's repository holds
 
 
 class DataError(Exception):
@@ -56,21 +53,16 @@ def load_mnist(train: bool, data_dir: str | Path = "mnist", device: str | torch.
 
 def _read(archive: Path, md5: str) -> Tensor:
     """The values of a gzipped IDX file, uint8, in its shape. DataError unless it has this MD5."""
+    remedy = f"`git checkout -- mnist` restores ours, {MNIST.mirrors[0]}{archive.name} has it too"
     try:
         packed = archive.read_bytes()
     except OSError as error:
         reason = error.strerror or error
-        raise DataError(f"{archive} cannot be read ({reason}); {_remedy(archive)}") from error
+        raise DataError(f"{archive} cannot be read ({reason}); {remedy}") from error
     if hashlib.md5(packed, usedforsecurity=False).hexdigest() != md5:
-        raise DataError(f"{archive} is damaged, its MD5 is not {md5}; {_remedy(archive)}")
-    content = bytearray(gzip.decompress(packed))
+        raise DataError(f"{archive} is damaged, its MD5 is not {md5}; {remedy}")
+    content = bytearray(gzip.decompress(packed))  # writable, as frombuffer wants
     # IDX: two zeros, the type, the number of dimensions; each of them in 4 bytes; the values
     dimensions = content[3]
     shape = [int.from_bytes(content[at:at + 4], "big") for at in range(4, 4 + 4 * dimensions, 4)]
     return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * dimensions).reshape(shape)
-
-
-def _remedy(archive: Path) -> str:
-    if Path(os.path.realpath(archive)).is_relative_to(OWN) and (OWN.parent / ".git").exists():
-        return f"`git checkout -- mnist` in {OWN.parent} restores it"
-    return f"download it from {MNIST.mirrors[0]}{archive.name}, or choose another --data-dir"

@@ -57,8 +57,7 @@ class GaussianDiffusion:
         SettingError unless 1 <= steps <= T.
         """
         require(1 <= steps <= T, f"steps must lie in [1, {T}], not {steps}")
-        counted = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu")
-        kept = (counted * T / steps).round().long() - 1
+        kept = (torch.arange(1, steps + 1, device="cpu") * T / steps).round().long() - 1
         return self if steps == T else GaussianDiffusion(kept, self.device)
 
     @property
@@ -148,7 +147,7 @@ class GaussianDiffusion:
         return loss
 
     def min_snr_weight(self, t: Tensor, gamma: float, images: Tensor) -> Tensor:
-        """min(SNR_t, gamma) / SNR_t (Hang et al. 2023): less weight for detail, more for shape."""
+        """min(SNR_t, gamma) / SNR_t (Hang et al. 2023, for the squared error): less for detail."""
         snr = self.alpha_bar / (1 - self.alpha_bar)
         return _at(snr.clamp(max=gamma) / snr, t, images)
 
@@ -159,6 +158,7 @@ class GaussianDiffusion:
         """
         moments = ((self.q_posterior(x_0, x_t, t)[0], _at(self.log_beta_tilde, t, x_t)),
                    self.p_mean_log_variance(x_t, t, out, clip))
+        # Not validated: that would wait for a GPU, and no CUDA graph could hold it.
         q, p = (Normal(mean, (log_var / 2).exp(), validate_args=False) for mean, log_var in moments)
         nats = torch.where(t.reshape(-1, 1, 1, 1) > 0, kl_divergence(q, p),
                            -discretized_log_likelihood(x_0, p))
@@ -197,11 +197,12 @@ class GaussianDiffusion:
         """
         chain, x_t = self.respaced(steps), x_T
         step = chain.ddpm_step if sampler == "ddpm" else partial(chain.ddim_step, eta=eta)
+        random = sampler == "ddpm" or eta > 0  # else z counts nothing
         for i in reversed(range(steps)):
             time = int(chain.timesteps[i])
             on_step(time + 1, x_t)
             out = model(x_t, torch.full_like(y, time), y)
-            z = noise(x_t.shape, generator).to(x_t)  # unused at t = 0, and in DDIM at eta = 0
+            z = noise(x_t.shape, generator).to(x_t) if random else torch.zeros_like(x_t)
             x_t = step(x_t, torch.full_like(y, i), out, z, clip)
         on_step(0, x_t)
         return x_t

@@ -115,9 +115,9 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """eps, x_0 or v (`config.predicts`) of (x_t, t, y). initialize=False: see `load_model`."""
+    """eps, x_0 or v (`config.predicts`) of (x_t, t, y)."""
 
-    def __init__(self, config: ModelConfig, initialize: bool = True):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         D, p = config.hidden_size, config.patch_size
@@ -131,8 +131,7 @@ class DiT(nn.Module):
                                     for _ in range(config.depth))
         final_layer = FinalLayer if self.adaptive else PlainFinalLayer
         self.final_layer = final_layer(D, p, config.out_channels)
-        if initialize:
-            self.initialize_weights()
+        self.initialize_weights()
 
     def initialize_weights(self) -> None:
         """Every initial value (DiT section 3.2, "adaLN-Zero block"; section 4; the paper's code).

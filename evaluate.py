@@ -57,11 +57,12 @@ class Classifier(nn.Module):
         return self.head(F.dropout(self.features(images), 0.3, self.training))
 
 
-def load_classifier(device: str | torch.device = "cpu", file: Path = CLASSIFIER) -> Classifier:
+def load_classifier(device: str | torch.device = "cpu") -> Classifier:
     """The included classifier in eval mode. CheckpointError if its file is missing or damaged."""
     classifier = Classifier()
     try:
-        load_weights(file, classifier, load_checkpoint(file, ["classifier"])["classifier"])
+        weights = load_checkpoint(CLASSIFIER, ["classifier"])["classifier"]
+        load_weights(CLASSIFIER, classifier, weights)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; `git checkout -- mnist/classifier.pth` helps") from error
     return classifier.to(device).eval()
@@ -207,7 +208,8 @@ def measure(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("evaluate.py", description="Measure a checkpoint's digits.",
-                                     allow_abbrev=False, conflict_handler="resolve")
+                                     allow_abbrev=False,
+                                     conflict_handler="resolve")  # --guidance: several here
     add = parser.add_argument
     add("--n", type=int, default=10_000, help="images to sample (default: 10000)")
     add_sampling_options(parser)

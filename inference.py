@@ -116,7 +116,7 @@ def open_checkpoint(args: argparse.Namespace, outputs: Sequence[Path | None]
     args.checkpoint = here_or_in_project(args.checkpoint)
     check_files(outputs)
     diffusion = GaussianDiffusion(device=args.device)
-    model, info = load_model(args.checkpoint, args.device, diffusion)
+    model, info = load_model(args.checkpoint, args.device)
     c = model.config
     if (c.in_channels, c.num_classes) != (1, 10) or c.image_size < 28 or c.image_size % 2:
         raise CheckpointError(f"{args.checkpoint} is not of a network for MNIST images")
@@ -144,8 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--digits", type=int, nargs="+", choices=range(10), default=range(10), metavar="D",
         help="default: 0 to 9")
     add("--per-digit", type=int, default=1, help=f"images of each digit {default}")
-    add("--columns", type=int, default=11,
-        help=f"times to show; 1: the final digits only, --per-digit in a row {default}")
+    add("--columns", type=int, default=11, help=f"times to show; 1: final digits only {default}")
     add_sampling_options(parser)
     add("--output", type=Path, default=Path("inference.png"), help=f"the picture {default}")
     add("--gif", type=Path, help="also write an animation of the denoising")

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+FREQUENCIES = 256  # cosines and sines (DiT appendix A)
+
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
     """[cos(t w_0), ..., cos(t w_h-1), sin(t w_0), ...] with h = dim / 2, w_i = 10000^(-i / h).
@@ -22,11 +24,10 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
 class TimestepEmbedder(nn.Module):
     """t: (N,) ints in [0, T) -> (N, hidden_size)."""
 
-    def __init__(self, hidden_size: int, frequency_size: int = 256):
+    def __init__(self, hidden_size: int):
         super().__init__()
-        self.frequency_size = frequency_size
-        self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(),
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(),
                                  nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sinusoid(t, self.frequency_size).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid(t, FREQUENCIES).to(self.mlp[0].weight.dtype))

@@ -20,7 +20,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor, nn
 
-from config import FAMILY, GUIDANCE, PAPER, ModelConfig, SettingError, TrainConfig
+from config import FAMILY, GUIDANCE, PAPER, ModelConfig, TrainConfig
 from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion
 from dit import DiT
@@ -64,12 +64,9 @@ def ema_decay(step: int, cfg: TrainConfig) -> float:
 def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
     """ema <- decay ema + (1 - decay) model, for each parameter; buffers do not change."""
     means, values = list(ema.parameters()), list(model.parameters())
-    if isinstance(decay, Tensor):  # which _foreach_lerp_ does not take
-        differences = torch._foreach_sub(values, means)
-        torch._foreach_mul_(differences, 1 - decay)
-        torch._foreach_add_(means, differences)
-    else:
-        torch._foreach_lerp_(means, values, 1 - decay)
+    differences = torch._foreach_sub(values, means)
+    torch._foreach_mul_(differences, 1 - decay)
+    torch._foreach_add_(means, differences)
 
 
 def held_out(diffusion: GaussianDiffusion, digits: Digits) -> list[list[Tensor]]:
@@ -182,12 +179,9 @@ def main(argv: list[str] | None = None) -> int:
                        help=f"other defaults for this group: {', '.join(FAMILY | PAPER)}")
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume", False)
-    try:
-        cfg = configure(**given)
-    except SettingError as error:
-        parser.error(str(error))
 
     def work() -> None:
+        cfg = configure(**given)
         with joined_ranks(pick_device(cfg.device)) as ranks:
             train(cfg, resume, ranks)
             if ranks.leads:

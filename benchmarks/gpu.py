@@ -1,20 +1,17 @@
 """Everything that only a GPU can tell, in calls of at most nine minutes; needs nothing installed.
 
     python -m benchmarks.gpu $OUT tests times                 parity, then what the time goes to
-    python -m benchmarks.gpu $OUT runs                        whole commands, 500 epochs, evaluation
-    python -m benchmarks.gpu $OUT study                       the study, with a table of its own
+    python -m benchmarks.gpu $OUT runs                        whole commands, 500 epochs first
+    python -m benchmarks.gpu $OUT study                       what the study lacks
 
-Each part writes PART.json, after every item, and PART.tar.gz into the folder. What no longer fits
-into --minutes is left out, and said.
+For machines that are lent for minutes: each part writes PART.json, after every item, and
+PART.tar.gz into the folder. What no longer fits into --minutes is left out, and said.
 """
 
 import argparse
-import cProfile
 import csv
-import io
 import json
 import os
-import pstats
 import shutil
 import subprocess
 import sys
@@ -79,7 +76,7 @@ class Part:
             result["not read"] = repr(error)
         else:
             lines = lines if read else lines[:-1]
-        shown = {k: v for k, v in result.items() if k not in ("profile", "kernels")}
+        shown = {k: v for k, v in result.items() if k != "kernels"}
         print(f"    {json.dumps(shown)[:600]}", flush=True)
         result["output"] = "\n".join(lines)[-6000:]
         if status:
@@ -145,15 +142,6 @@ def held_out_time(device: str = "cuda:0", limit: int = 0) -> dict:
     return {"ms": 1000 * seconds(device, call, 5), "batches": len(batches)}
 
 
-def profiled(*options: str) -> dict:
-    """What a run spends its time on in Python, by cProfile."""
-    profiler, text = cProfile.Profile(), io.StringIO()
-    with tempfile.TemporaryDirectory() as folder:
-        profiler.runcall(train.main, ["--checkpoint", f"{folder}/model.pth", *options])
-    pstats.Stats(profiler, stream=text).sort_stats("cumulative").print_stats(60)
-    return {"profile": text.getvalue()}
-
-
 def calling(function: Callable[..., dict], *arguments, **settings) -> list[str]:
     """The arguments of python that print function(...) as JSON."""
     return ["-c", "import json\nfrom benchmarks import gpu\n"
@@ -196,7 +184,6 @@ def times(part: Part) -> None:
     part.item("imports of inference.py", ["-c", "import inference"], 60, read=dict)
     part.item("a run of 3 steps", ["train.py", "--epochs", 1, "--limit", 900, "--no-compile",
                                    "--checkpoint", part.work / "three.pth"], 60, True, dict)
-    part.item("profile of 12 epochs", calling(profiled, "--epochs", "12", "--no-compile"), 90, True)
     for name in ("compiled", "recorded-compiled"):  # each compiles for half a minute
         step(300, name)
 
@@ -210,65 +197,36 @@ def epochs(part: Part, name: str) -> dict:
 
 
 def runs(part: Part) -> None:
-    """Whole commands, with the variant of training that a few epochs predict to be the fastest."""
-    def trained(name: str, record: bool, *options, limit: float = 400) -> dict:
-        return part.item(name, ["train.py", "--checkpoint", part.work / f"{name}.pth", *options],
-                         limit, record, lambda: epochs(part, name))
-
+    """Whole commands: the default run and its evaluation, then shorter runs of both losses."""
     def scored(name: str, sampler: str, *strengths: float) -> None:
         checkpoint = part.work / f"{name}.pth"
         if checkpoint.exists():
-            file = part.work / f"{name}-{sampler}-{'-'.join(map(str, strengths))}.json"
+            file = part.work / f"{name}-{sampler}.json"
             part.item(f"{name}, {sampler}, guidance {strengths}", [
                 "evaluate.py", "--checkpoint", checkpoint, "--sampler", sampler, "--guidance",
-                *strengths, "--json", file], 300, record,
+                *strengths, "--json", file], 300, True,
                 lambda: {"scores": json.loads(file.read_text())})
 
-    parity = tested(part, "parity", f"({QUICK}) and not compile", 150)
-    predicted = {}
-    for name, (record, compile) in VARIANTS.items():
-        if name == "plain" or (record and parity.get("status") != 0):
-            continue
-        options, count = [] if compile else ["--no-compile"], 15 if record else 5
-        result = trained(name, record, "--epochs", count, *options, limit=100)
-        if result.get("status") == 0:
-            total = result["seconds"] + (500 - count) * result["seconds per epoch"]
-            predicted[total] = (record, options)
-    if not predicted:
-        return
-    part.results["predicted seconds of 500 epochs"] = {str(v): k for k, v in predicted.items()}
-    part.save()
-    record, options = predicted[min(predicted)]
-    print(f"continuing with DIT_RECORD={record:d} {' '.join(options)}", flush=True)
-    trained("l1", record, *options)
+    def trained(name: str, *options) -> None:
+        part.item(name, ["train.py", "--checkpoint", part.work / f"{name}.pth", *options],
+                  400, True, lambda: epochs(part, name))
+        scored(name, "ddim", 1, 1.25, 1.5, 2)
+
+    trained("l1")
     scored("l1", "ddpm", GUIDANCE)
-    scored("l1", "ddim", 1, 1.25, 1.5, 2)
-    trained("mse", record, *options, "--loss", "mse")
-    scored("mse", "ddim", 1, 1.25, 1.5, 2)
-    for seed in (0, 1, 2):
-        for count in (3, 10, 30, 100):
-            for loss, predicts in product(("l1", "mse"), ("eps", "x_0")):
-                name = f"{loss}-{predicts}-{count}-{seed}"
-                trained(name, record, *options, "--loss", loss, "--predicts", predicts,
-                        "--epochs", count, "--seed", seed)
-                scored(name, "ddim", 1, 1.25, 1.5, 2)
-    scored("l1", "ddpm", 1, 1.25, 1.5)
-    scored("mse", "ddpm", 1, 1.25, 1.5, 2)
+    trained("mse", "--loss", "mse")
+    for seed, count, loss, predicts in product((0, 1, 2), (100, 30, 10, 3), ("mse", "l1"),
+                                               ("eps", "x_0")):
+        trained(f"{loss}-{predicts}-{count}-{seed}", "--loss", loss, "--predicts", predicts,
+                "--epochs", count, "--seed", seed)
 
 
-def study(part: Part, before: Path | None) -> None:
-    """The whole study, with a table of its own. before: has the runs.csv of a call that was cut."""
-    table = part.work / "results" / "runs.csv"
-    table.parent.mkdir()
-    if before and (before / "runs.csv").exists():
-        shutil.copy(before / "runs.csv", table)
-    code = ("import sys\nfrom pathlib import Path\nfrom experiments import runs\n"
-            "runs.RUNS, runs.TABLE = map(Path, sys.argv[1:])\nsys.exit(runs.main([]))")
-    state = Path(tempfile.mkdtemp())  # too large to come back
-    part.item("study", ["-c", code, state, table], 540, True,
-              lambda: {"rows": len(table.read_text().splitlines()) - 1})
-    if table.exists():
-        shutil.copy(table, part.file.with_name("runs.csv"))
+def study(part: Part) -> None:
+    """What the study lacks, as far as the time lets it; its table and strips come back."""
+    results = PROJECT / "experiments" / "results"
+    part.item("study", ["-m", "experiments.runs"], 540, True, dict)
+    shutil.copytree(results, part.work / "results")
+    part.save()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -277,13 +235,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="where the results go")
     parser.add_argument("parts", nargs="+", choices=("tests", "times", "runs", "study"))
     parser.add_argument("--minutes", type=float, default=8.5, help="for all of it (default: 8.5)")
-    parser.add_argument("--before", type=Path, help="results of an earlier call, for the study")
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * args.minutes
     for name in args.parts:
-        part = Part(args.folder, name, deadline)
-        study(part, args.before) if name == "study" else globals()[name](part)
+        {"tests": tests, "times": times, "runs": runs, "study": study}[name](
+            Part(args.folder, name, deadline))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def training_step(cfg: TrainConfig, fast: bool) -> Callable[[], object]:
 def measure(cfg: TrainConfig, rounds: int, kinds: list[str]) -> tuple[dict[str, float], float, int]:
     """Seconds per step of each kind, the roofline in seconds, and the operations per step."""
     steps = {kind: training_step(cfg, fast=kind == "compiled") for kind in kinds}
+    # AdamW, so that the operations are the network's: Muon's products are no part of the roofline
     plain_step = training_step(replace(cfg, optimizer="adamw"), fast=False)
     with FlopCounterMode(display=False) as counter:
         plain_step()

@@ -23,7 +23,8 @@ def at(curve: Curve, x: float) -> float:
 def crossing(small: Curve, large: Curve) -> float | None:
     """Where `large`, above `small` at first, falls below it; None if it never does."""
     gaps = [(x, at(small, x) - at(large, x)) for x in sorted({x for x, _ in (*small, *large)})]
-    for (x_0, gap_0), (x_1, gap_1) in pairwise(gaps):  # a comparison with NaN is false
+    # Both are straight between these x, so the sign of the gap tells; NaN compares as false.
+    for (x_0, gap_0), (x_1, gap_1) in pairwise(gaps):
         if gap_0 < 0 <= gap_1:
             return x_0 + (x_1 - x_0) * gap_0 / (gap_0 - gap_1)
     return None

@@ -14,7 +14,8 @@ from experiments.rows import REAL, Rows
 from experiments.study import PATCHES, SIZES, over_seeds
 from runtime.pictures import DPI, tidy, tile
 
-# Okabe and Ito's colours, which differ for colour-blind readers too
+# Okabe and Ito's colours, which differ for colour-blind readers too. They serve twice: no picture
+# has both designs and sizes.
 COLORS = dict(zip((*BLOCKS, *SIZES), ("#CC79A7", "#E69F00", "#009E73", "#0072B2",
                                       "#0072B2", "#E69F00", "#009E73", "#D55E00"), strict=True))
 MARKERS = dict(zip((*BLOCKS, *PATCHES), "Dv^os^o", strict=True))

@@ -30,7 +30,7 @@ from experiments.drawing import (
 from experiments.median import median
 from experiments.rows import Rows, read
 from experiments.scaling import (
-    STEPS,
+    STEPS_LABEL,
     figure6,
     figure8,
     figure9,
@@ -76,7 +76,7 @@ def figure5(rows: Rows) -> Figure:
         of_part = select(rows, model="B/4", block=None, epoch=None, recipe=recipe)
         curve(parts, of_part, steps, color=color, marker=marker, label=label)
     for axes in (designs, parts):
-        finish(axes, xlabel=STEPS)
+        finish(axes, xlabel=STEPS_LABEL)
         axes.legend(fontsize=FONT)
     return figure
 

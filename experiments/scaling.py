@@ -39,8 +39,8 @@ from experiments.study import (
     training_compute,
 )
 
-STEPS = "training steps (thousands)"
-FLOPS = "flops of a forward pass (multiply-adds)"
+STEPS_LABEL = "training steps (thousands)"
+FLOPS_LABEL = "flops of a forward pass (multiply-adds)"
 LOSSES = (0.02, 0.025, 0.03, 0.04, 0.06)  # ticks
 LARGE_PATCHES_FIRST = sorted(FAMILY, key=lambda name: -FAMILY[name].patch_size)  # none is hidden
 
@@ -53,19 +53,20 @@ def figure6(rows: Rows) -> Figure:
     panels = [*(f"patch {patch}" for patch in PATCHES), "", *(f"size {size}" for size in SIZES)]
     for axes, panel in zip(grid.flat, panels, strict=True):
         if panel:
+            # Of "patch 4" or "size B", the second word is half of a model's name.
             inside = [row for row in mine if panel.split()[1] in row["model"].split("/")]
             curves(axes, inside, steps)
             finish(axes, title=panel, xticks=(2, 4, 6, 8, 10))
             axes.label_outer()
         else:  # the place of the legend
             axes.set_axis_off()
-    grid[0, 2].tick_params(labelbottom=False)
+    # No panel holds all twelve models, so the legend collects them.
     handles = {label: handle for axes in grid.flat
                for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     names = [name for name in FAMILY if name in handles]
     grid[0, 3].legend([handles[name] for name in names], names, loc="center", fontsize=FONT,
                       ncols=2, frameon=False)
-    figure.supxlabel(STEPS, fontsize=FONT)
+    figure.supxlabel(STEPS_LABEL, fontsize=FONT)
     return figure
 
 
@@ -96,7 +97,7 @@ def key(figure: Figure, real: list) -> None:
     dots = [Line2D([], [], color=COLORS[size], marker="o", linestyle="") for size in SIZES]
     shapes = [Line2D([], [], color="0.3", marker=MARKERS[patch], linestyle="")
               for patch in PATCHES]
-    lines = [(Line2D([], [], color="0.3", linewidth=1), Patch(color="0.5", alpha=0.2))]
+    lines = [(Line2D([], [], color="0.3", linewidth=1), Patch(color="0.5", alpha=0.2))]  # one entry
     names = [*SIZES, "patch 7 (8)", "patch 4", "patch 2", "fit, 95% band", "real images"]
     figure.legend([*dots, *shapes, *lines, *real], names[:8 + len(real)],
                   loc="outside right center", fontsize=FONT - 1)
@@ -126,7 +127,7 @@ def figure8(rows: Rows) -> Figure:
     real_line(ours, rows, FINAL_IMAGES)
     laws = power_law(ours, at_the_end(rows, "multiply_adds", "FID")), power_law(papers, models)
     for axes, whose, law in zip((ours, papers), ("MNIST", "the paper"), laws, strict=True):
-        finish(axes, xlabel=FLOPS, xscale="log")
+        finish(axes, xlabel=FLOPS_LABEL, xscale="log")
         axes.set_title(f"{whose}: {law}", fontsize=FONT)
     papers.set_ylabel("Inception FID")
     key(figure, ours.get_legend_handles_labels()[0])
@@ -173,7 +174,7 @@ def figure12(rows: Rows) -> Figure:
             axes.set_title(f"correlation {statistics.correlation(logs(flops), scores):.2f}",
                            fontsize=FONT)
         finish(axes, metric, xscale="log", yscale="linear")
-    figure.supxlabel(FLOPS, fontsize=FONT)
+    figure.supxlabel(FLOPS_LABEL, fontsize=FONT)
     return legend_outside(figure)
 
 
@@ -183,7 +184,7 @@ def figure13(rows: Rows) -> Figure:
     figure = new_figure(9, 4.4)
     left, right = figure.subplots(1, 2)
     curves(left, mine, steps, "test_loss")
-    finish(left, "test loss (squared error of eps)", xlabel=STEPS)
+    finish(left, "test loss (squared error of eps)", xlabel=STEPS_LABEL)
     for name in FAMILY:
         # Points of one model only, in the order of training
         points = sorted((row["epoch"], row["test_loss"], row["FID"]) for row in mine
@@ -193,7 +194,7 @@ def figure13(rows: Rows) -> Figure:
             right.plot(losses, fids, color=style(name)["color"], marker=style(name)["marker"],
                        linestyle="", markersize=4)
     finish(right, xlabel="test loss (squared error of eps)", xscale="log")
-    for axis in (left.yaxis, right.xaxis):
+    for axis in (left.yaxis, right.xaxis):  # less than a decade: few of tidy's ticks would be left
         axis.set_major_locator(FixedLocator(LOSSES))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())

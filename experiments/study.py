@@ -90,8 +90,8 @@ def everything() -> Entries:
     small = ("S/7", "B/7", "S/4", "L/7", "XL/7", "B/4", "L/4", "XL/4")  # from fast to slow
     large = ("S/2", "B/2", "L/2", "XL/2")
 
-    def rates(model: str, block: str, *rates: float) -> list[Network]:
-        return [Network(model, block, f"muon-{rate}") for rate in rates]
+    def rates(model: str, block: str, *tried: float) -> list[Network]:
+        return [Network(model, block, f"muon-{rate}") for rate in tried]
 
     def sampling(model: str) -> list[Setting]:
         return [Setting(sampling_steps=steps) for steps in SAMPLING_STEPS
@@ -133,7 +133,7 @@ def everything() -> Entries:
 @cache
 def cost(config: ModelConfig) -> dict[str, int]:
     """Trainable parameters, and the multiply-adds of a forward pass, the paper's flops."""
-    network, zero = DiT(config, initialize=False), torch.zeros(1, dtype=torch.long)
+    network, zero = DiT(config), torch.zeros(1, dtype=torch.long)
     x_t = torch.zeros(1, config.in_channels, config.image_size, config.image_size)
     with FlopCounterMode(display=False) as counter:  # 2 for a multiplication and an addition
         network(x_t, zero, zero)

@@ -87,6 +87,7 @@ def noise_table(rows: Rows) -> str:
     dof = sum(len(group) - 1 for group in groups)
     if not dof:
         return markdown(("standard deviation of log FID",), [])
+    # Pooled over the networks. A difference of two runs has sqrt(2) times as much.
     deviation = math.sqrt(sum(statistics.variance(group) * (len(group) - 1)
                               for group in groups) / dof)
     least = math.exp(stats.t.ppf(0.975, dof) * math.sqrt(2) * deviation) - 1
@@ -176,10 +177,10 @@ def least_loss(config: ModelConfig) -> float:
 
 
 def loss_bound_table(rows: Rows) -> str:
-    lines = [(IMPOSSIBLE, f"{least_loss(FAMILY[IMPOSSIBLE]):.3f}",
-              ", ".join(f"{row['test_loss']:.3f}" for row in sorted(mine, key=lambda r: r["seed"])))
-             for mine in [select(rows, model=IMPOSSIBLE, n=FINAL_IMAGES)] if mine]
-    return markdown(("model", "least possible loss", "test loss, by seed"), lines)
+    mine = sorted(select(rows, model=IMPOSSIBLE, n=FINAL_IMAGES), key=lambda row: row["seed"])
+    losses = ", ".join(f"{row['test_loss']:.3f}" for row in mine)
+    return markdown(("model", "least possible loss", "test loss, by seed"),
+                    [(IMPOSSIBLE, f"{least_loss(FAMILY[IMPOSSIBLE]):.3f}", losses)])
 
 
 def weight_table(rows: Rows) -> str:

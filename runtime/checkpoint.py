@@ -82,18 +82,17 @@ def checksum(content: object) -> str:
     return sha.hexdigest()
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu",
-               diffusion: GaussianDiffusion | None = None) -> tuple[DiT, dict]:
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[DiT, dict]:
     """The network of a checkpoint with its EMA weights, in eval mode; and its other entries.
 
-    diffusion: what it is for, by default that of config.py. CheckpointError if it does not fit.
+    CheckpointError if it does not fit this code.
     """
     if not Path(path).exists():
         raise CheckpointError(f"there is no checkpoint {path}; `python train.py --checkpoint "
                               f"{path}` makes one, `git checkout model.pth` restores the included")
-    info = load_checkpoint(path, WEIGHTS, (diffusion or GaussianDiffusion()).schedule)
+    info = load_checkpoint(path, WEIGHTS, GaussianDiffusion().schedule)
     try:
-        model = DiT(ModelConfig(**info["model_config"]), initialize=False).float()
+        model = DiT(ModelConfig(**info["model_config"]))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit this code: {error}") from error
     load_weights(path, model, info.pop("ema"))

@@ -1,6 +1,6 @@
 """Several processes that share the work of each batch, as torchrun starts them; otherwise, one.
 
-All draw the random numbers of the whole batch, so that their number changes only the rounding.
+All draw the random numbers of the whole batch, so how many there are changes only the rounding.
 """
 
 import os

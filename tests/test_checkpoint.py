@@ -80,15 +80,10 @@ def test_a_hostile_pickle_is_not_run(tmp_path, monkeypatch):
 
 
 def test_another_schedule_is_refused(saved):
-    """By the code, and by a process that was made for another one."""
     rewrite(saved, schedule=[500, 0.0001, 0.02, 0.006])
     refuse(saved, r"was \[500, 0\.0001, 0\.02, 0\.006\] and is \[1000, 0\.0001, ")
     rewrite(saved, schedule=FIRST_SCHEDULE)
-    other = GaussianDiffusion()
-    assert load_model(saved, diffusion=other)[1]["step"] == 7
-    other.beta = other.beta[:500]
-    with pytest.raises(CheckpointError, match="another schedule"):
-        load_model(saved, diffusion=other)
+    assert load_model(saved)[1]["step"] == 7
 
 
 @pytest.mark.parametrize(("config", "ema", "words"), [

@@ -39,7 +39,7 @@ def inputs(config: ModelConfig, N: int = 4):
 def count_and_flops(config: ModelConfig) -> tuple[int, float]:
     """Trainable parameters, and multiply-adds of the forward pass for one image."""
     with torch.device("meta"):
-        model = DiT(config, initialize=False)
+        model = DiT(config)
         x_t = torch.empty(1, config.in_channels, config.image_size, config.image_size)
         with FlopCounterMode(display=False) as counter:
             model(x_t, torch.zeros(1), torch.zeros(1).long())

@@ -111,8 +111,6 @@ def test_a_sample_that_is_not_finite_is_not_shown(tmp_path, call):
     assert not (tmp_path / "a.png").exists()
 
 
-# Files and streams
-
 # The included weights
 
 def test_the_included_weights_are_what_train_py_makes():

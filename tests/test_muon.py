@@ -1,6 +1,5 @@
 """Muon is torch.optim.Muon, computed for all matrices of a shape at once in float32."""
 
-
 import pytest
 import torch
 from torch import nn
