@@ -148,11 +148,10 @@ def test_an_edit_around_the_blocks_counts(tmp_path, process):
 def load_copy(folder: Path) -> str:
     """How the copy's load_model refuses the included weights."""
     enter(folder)
-    from diffusion import GaussianDiffusion
     from runtime.checkpoint import CheckpointError, load_model
 
     with pytest.raises(CheckpointError) as refused:
-        load_model("model.pth", "cpu", GaussianDiffusion())
+        load_model("model.pth")
     return str(refused.value)
 
 
