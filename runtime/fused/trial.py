@@ -32,6 +32,7 @@ def check_same(plain: nn.Module, network: nn.Module) -> None:
         return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
     size = (2, config.in_channels, config.image_size, config.image_size)
+    # A large cotangent, so that whatever limits gradients counts
     x_t, cotangent = randn(*size), 1000 * randn(2, config.out_channels, *size[2:])
     t, y = torch.tensor([[0, 999], [1, config.num_classes]], device="cpu")
     with torch.enable_grad():
