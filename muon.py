@@ -1,8 +1,7 @@
 """Muon, the optimizer of the blocks' matrices (Jordan et al. 2024).
 
-The momentum of a matrix is made orthogonal before it is applied, so that a step moves all
-directions equally. q, k and v are one matrix in `Attention`, and are made orthogonal as one.
-https://kellerjordan.github.io/posts/muon
+The momentum of a matrix is made orthogonal before it is applied, so that a step moves all its
+directions equally (https://kellerjordan.github.io/posts/muon). q, k and v count as one matrix.
 """
 
 from collections.abc import Iterable
