@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from itertools import product
 
 from scipy import stats
 
@@ -98,12 +99,15 @@ def noise_table(rows: Rows) -> str:
 
 def design_table(rows: Rows) -> str:
     """Figure 5: two designs with equal seeds, and whether the seeds explain the difference."""
-    ends = {(row["block"], row["seed"]): row for row in select(rows, model="B/4", block=None,
-                                                               n=FINAL_IMAGES)}
+    parts = "adaLN, zero", "adaLN-Zero, gate-1", "adaLN-Zero, xavier"  # see starts.py
+    ends = {(", ".join([row["block"], *row["recipe"].split("-", 1)[1:]]), row["seed"]): row
+            for row in select(rows, model="B/4", block=None, recipe=None, n=FINAL_IMAGES)
+            if row["recipe"].startswith("muon")}
     lines = []
     for a, b in (("in-context", "adaLN"), ("cross-attention", "adaLN"),
-                 ("in-context", "cross-attention"), *((a, "adaLN-Zero") for a in BLOCKS[:3])):
-        seeds = [seed for block, seed in ends if block == a and (b, seed) in ends]
+                 ("in-context", "cross-attention"), *((a, "adaLN-Zero") for a in BLOCKS[:3]),
+                 *product(parts, ("adaLN", "adaLN-Zero")), parts[:2]):
+        seeds = [seed for name, seed in ends if name == a and (b, seed) in ends]
         for column, form in (("FID", "+.2f"), ("test_loss", "+.4f")):
             differences = [ends[a, seed][column] - ends[b, seed][column] for seed in seeds]
             if len(set(differences)) > 1:
