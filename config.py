@@ -70,7 +70,7 @@ class TrainConfig:
                             choices=("muon", "adamw"))
     lr: float = option(0.005, "peak learning rate")
     lr_schedule: str = option("cosine", "decay to 0, or constant", choices=("cosine", "constant"))
-    ema_decay: float = option(0.9999, "decay of the EMA weights, which sample; ramped up at first")
+    ema_decay: float = option(0.9999, "greatest decay of the EMA weights, which sample")
     seed: int = option(0, "of initial weights, the images' order, t, noise and dropped labels")
     limit: int = option(0, "use the first LIMIT images of each split only; 0 for all")
     data_dir: str = option("mnist", "directory that holds MNIST/raw/ with the four archives")

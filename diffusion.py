@@ -141,13 +141,13 @@ class GaussianDiffusion:
         eps_hat, v = split(model(x_t, t, y), x_t)
         error = (eps - eps_hat).abs() if kind == "l1" else (eps - eps_hat).square()  # DDPM eq. 14
         loss = (self.min_snr_weight(t, min_snr, x_0) * error if min_snr else error).mean()
-        if v is not None:  # L_hybrid (iDDPM eq. 16): one of T terms of L_vlb trains v alone
+        if v is not None:  # L_hybrid (iDDPM eq. 16): T times a random term of L_vlb; trains v alone
             term = self.vlb_term(torch.cat([eps_hat.detach(), v], dim=1), x_0, x_t, t, clip=False)
             loss = loss + 0.001 * T * term.mean()
         return loss
 
     def min_snr_weight(self, t: Tensor, gamma: float, images: Tensor) -> Tensor:
-        """min(SNR_t, gamma) / SNR_t (Hang et al. 2023, for the squared error): less for detail."""
+        """min(SNR_t, gamma) / SNR_t (Hang et al. 2023, for the squared error): less for small t."""
         snr = self.alpha_bar / (1 - self.alpha_bar)
         return _at(snr.clamp(max=gamma) / snr, t, images)
 
@@ -197,7 +197,7 @@ class GaussianDiffusion:
         """
         chain, x_t = self.respaced(steps), x_T
         step = chain.ddpm_step if sampler == "ddpm" else partial(chain.ddim_step, eta=eta)
-        random = sampler == "ddpm" or eta > 0  # else z counts nothing
+        random = sampler == "ddpm" or eta > 0  # else z has weight 0
         for i in reversed(range(steps)):
             time = int(chain.timesteps[i])
             on_step(time + 1, x_t)

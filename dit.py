@@ -150,7 +150,8 @@ class DiT(nn.Module):
         for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(linear.weight, std=self.config.time_init_std)
         # Zero gates make each adaLN-Zero block the identity; the zero final layer makes the first
-        # prediction exactly 0. Shift and scale start at zero as well, as in the paper's code.
+        # prediction exactly 0. Shift and scale start at zero as well, as in the paper's code; those
+        # of AdaLNBlock start like other Linears.
         modulated = [m for m in self.modules() if isinstance(m, DiTBlock | FinalLayer)]
         for linear in (*(m.adaLN_modulation[1] for m in modulated), self.final_layer.linear):
             nn.init.zeros_(linear.weight)

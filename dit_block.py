@@ -1,7 +1,7 @@
 """The four block designs of DiT section 3.2: how the timestep t and the label y reach the tokens.
 
-They are in the paper's order: in-context, cross-attention, adaLN, adaLN-Zero. Its Figure 3, without
-plain adaLN, calls shift, scale and gate beta, gamma and alpha; here, those are the diffusion's.
+They are in the paper's order: in-context, cross-attention, adaLN, adaLN-Zero. Figure 3, which omits
+adaLN, calls shift, scale and gate beta, gamma and alpha; here, these belong to the diffusion.
 Shapes: N images, L tokens per image, D the width of a token. eps = 1e-6 is the paper's code's.
 """
 

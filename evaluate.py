@@ -106,6 +106,7 @@ def coverage_metrics(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, f
         raise ValueError(f"more than k = {k} points are needed, not {len(real)}, {len(generated)}")
     real, generated = (x - real.mean(dim=0) for x in (real, generated))  # else cdist is inexact
     near_r, near_g = (torch.cdist(x, x).topk(k + 1, largest=False)[0] for x in (real, generated))
+    # Radii are (N, 1), for rows, and (M,), for columns; a point is its own nearest neighbour.
     distance = torch.cdist(real, generated)  # (N, M)
     in_real, in_generated = (distance < near_r[:, k:]).float(), (distance < near_g[:, k]).float()
     values = {"precision": in_real.amax(dim=0), "recall": in_generated.amax(dim=1),
@@ -147,7 +148,8 @@ def balanced(digits: Digits, labels: Tensor) -> Tensor:
 def sample_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Tensor]:
     """n images (n, 1, 28, 28) in [-1, 1], of the digits 0 to 9 in turn, and their labels (n,).
 
-    settings: those of `generate`. Seeds below 17 million share no batch's noise.
+    settings: those of `generate`. Seeds below 17 million share no batch's noise: the seeds of their
+    batches begin at least 186 apart.
     """
     labels = torch.arange(n) % model.config.num_classes
     at_once = AT_ONCE if records(model.pos_embed.device) and n % BATCH_SIZE == 0 else 1

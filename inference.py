@@ -56,7 +56,7 @@ def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm
     require(len(y) % len(seeds) == 0, f"{len(y)} images cannot be shared by {len(seeds)} seeds")
     diffusion = diffusion or GaussianDiffusion(device=device)
     generators = [torch.Generator().manual_seed(one) for one in seeds]
-    eps_model = diffusion.as_eps(fused(model, frozen=True), config.predicts)
+    eps_model = diffusion.as_eps(fused(model, frozen=True), config.predicts)  # C++ on a CPU
     network = recorded(guided(eps_model, guidance, null_class), device)  # on a GPU, a CUDA graph
     shape = len(y), config.in_channels, config.image_size, config.image_size
     x_T = noise(shape, generators).to(model.pos_embed)  # DDPM Algorithm 2, line 1
@@ -128,7 +128,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """The options of `generate`, and where the weights come from; evaluate.py has them too."""
     add, default = parser.add_argument, "(default: %(default)s)"
     usual = ", ".join(f"{steps} for {sampler}" for sampler, steps in STEPS.items())
-    add("--sampler", choices=tuple(STEPS), default="ddpm", help=f"ancestral, or DDIM {default}")
+    add("--sampler", choices=tuple(STEPS), default="ddpm", help=f"DDIM: 20 times as fast {default}")
     add("--steps", type=int, help=f"at most {T} (default: {usual})")
     add("--eta", type=float, default=0.0, help=f"noise of ddim; 1: as much as ddpm's {default}")
     add("--guidance", type=float, default=GUIDANCE, help=f"strength; 1 turns it off {default}")

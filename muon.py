@@ -45,6 +45,6 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[matrix]["momentum"] for matrix in matrices]
                 torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
                 updates = torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))  # Nesterov
-                scale = 0.2 * max(shape)**0.5  # as AdamW's RMS (Liu et al., arXiv 2502.16982)
+                scale = 0.2 * max(shape)**0.5  # RMS 0.2, as AdamW (arXiv 2502.16982)
                 updates = group["lr"] * scale * orthogonalized(updates)
                 torch._foreach_sub_(matrices, updates.unbind())

@@ -56,7 +56,7 @@ def make_optimizers(model: DiT, cfg: TrainConfig) -> list[torch.optim.Optimizer]
 
 
 def ema_decay(step: int, cfg: TrainConfig) -> float:
-    """The EMA's decay after `step` steps: small at first, to forget the initial weights soon."""
+    """The EMA's decay after `step` steps: small at first, 0.9999 only after 90,000 steps."""
     return min(cfg.ema_decay, (1 + step) / (10 + step))
 
 
@@ -160,7 +160,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
 
 def configure(model: str = "", **given) -> TrainConfig:
     """TrainConfig from fields of both configs. model: of FAMILY or PAPER. SettingError if wrong."""
-    network = (FAMILY | PAPER)[model] if model else ModelConfig()
+    network = (FAMILY | PAPER)[model] if model else ModelConfig()  # PAPER's keep 32 x 32 pixels
     network = replace(network, in_channels=1, num_classes=10)
     of_network = {f.name: given.pop(f.name) for f in fields(ModelConfig) if f.name in given}
     return TrainConfig(model=replace(network, **of_network), **given)
