@@ -44,7 +44,7 @@ class ModelConfig:
     def __post_init__(self):
         sizes = {f.name: (1, 2**14) for f in fields(self) if f.type is int}
         _check(self, **sizes, mlp_ratio=(0, 2**14), class_dropout_prob=(0, 1),
-               label_init_std=(0, 100), time_init_std=(0, 100))
+               label_init_std=(0, 2**14), time_init_std=(0, 2**14))
         require(self.hidden_size * self.mlp_ratio >= 1, "mlp_ratio leaves the MLP no hidden unit")
         for size, part in (("image_size", "patch_size"), ("hidden_size", "num_heads")):
             require(getattr(self, size) % getattr(self, part) == 0, f"{part} "
