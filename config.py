@@ -7,8 +7,8 @@ T = 1000  # diffusion steps, DDPM section 4
 BETA = (1e-4, 0.02)  # variances of the first and the last step; those between are evenly spaced
 MNIST_IMAGES, MNIST_TEST_IMAGES = 60_000, 10_000
 STEPS = {"ddpm": T, "ddim": 50}  # sampling steps, by default
-SEEDS = (0, 2**32 - 1)  # least and greatest; torch's generator on a CPU takes 32 bits
-GUIDANCE = 2.0  # the least strength tried at which 99.5% of the digits of model.pth are right
+SEEDS = (0, 2**32 - 1)  # least and greatest: torch's CPU generator uses 32 bits of a seed
+GUIDANCE = 2.0  # the least strength tried at which 99.5% of model.pth's digits are as requested
 BLOCKS = ("in-context", "cross-attention", "adaLN", "adaLN-Zero")  # the order of DiT section 3.2
 
 
@@ -53,7 +53,7 @@ class ModelConfig:
 
     @property
     def out_channels(self) -> int:
-        """Channels of the output: eps, and with learn_sigma as many again (DiT section 3.2)."""
+        """Channels of the output: with learn_sigma, twice those of an image (DiT section 3.2)."""
         return self.in_channels * (2 if self.learn_sigma else 1)
 
 
@@ -65,7 +65,7 @@ class TrainConfig:
     epochs: int = option(500, "passes over the training images")
     batch_size: int = option(300, "images per step; an epoch's incomplete last batch is dropped")
     loss: str = option("l1", "loss on the noise; the papers have mse", choices=("l1", "mse"))
-    min_snr: float = option(0.3, "weight of t: min(SNR, MIN_SNR) / SNR; 0 for equal weights")
+    min_snr: float = option(0.3, "weight of t: min(SNR, MIN_SNR) / SNR (its paper: 5); 0: equal")
     optimizer: str = option("muon", "muon: Muon for the blocks' matrices, AdamW for the rest",
                             choices=("muon", "adamw"))
     lr: float = option(0.005, "peak learning rate")
@@ -100,7 +100,7 @@ def require(condition: bool, sentence: str) -> None:
 
 
 def _check(config: object, **ranges: tuple[float, float]) -> None:
-    """SettingError for values out of their range, and for other ones than an option's choices."""
+    """SettingError for a value out of its range or not among its option's choices."""
     for f in fields(config):
         value, choices = getattr(config, f.name), f.metadata.get("choices", ())
         require(not choices or value in choices, f"{f.name} must be one of {choices}, not {value}")
@@ -110,11 +110,11 @@ def _check(config: object, **ranges: tuple[float, float]) -> None:
 
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-PAPER = {  # DiT Table 1, depth, D and heads, for latents of 32 x 32 x 4 and ImageNet's classes
+PAPER = {  # DiT Table 1 (SIZES: depth, D, heads), for latents of 32 x 32 x 4 and ImageNet's classes
     f"DiT-{size}/{patch}": ModelConfig(32, patch, 4, D, depth, heads, num_classes=1000,
                                        learn_sigma=True, label_init_std=0.02, time_init_std=0.02)
     for size, (depth, D, heads) in SIZES.items() for patch in (8, 4, 2)}
 SMALL = {"S": (3, 32, 2), "B": (3, 64, 4), "L": (6, 80, 5), "XL": (7, 96, 6)}
-FAMILY = {  # Table 1 for MNIST: widths divided by about 12, depths by 4. B/4 is the default.
+FAMILY = {  # Table 1 for MNIST: widths / 12 or so, depths / 4, heads of 16. B/4 is the default.
     f"{size}/{patch}": ModelConfig(patch_size=patch, hidden_size=D, depth=depth, num_heads=heads)
     for size, (depth, D, heads) in SMALL.items() for patch in (7, 4, 2)}

@@ -6,7 +6,7 @@ the papers; x_t with t = 0 is their x_1. In every formula, images and noise are 
 (N,), ints in [0, T), one per image, and y is (N,), class labels.
 
 A model is any callable out = model(x_t, t, y). `out` is eps_hat, (N, C, H, W); a network that also
-predicts the variance returns eps_hat and v, (N, 2C, H, W): iDDPM's v, not the target of `as_eps`.
+predicts the variance returns eps_hat and var_out, (N, 2C, H, W): see `p_mean_log_variance`.
 """
 
 import math
@@ -26,7 +26,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 class GaussianDiffusion:
-    """The chain q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I) and its learned reversal.
+    """DDPM eq. 2, q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I), and its learned reversal.
 
     The schedule is that of DDPM section 4, in float64. Its values are cast when they are used.
     device: where t and the images will be.
@@ -35,7 +35,7 @@ class GaussianDiffusion:
     """
 
     def __init__(self, timesteps: Tensor | None = None, device: torch.device | str = "cpu"):
-        beta = torch.linspace(*BETA, T, dtype=torch.float64, device="cpu")  # DDPM section 4
+        beta = torch.linspace(*BETA, T, dtype=torch.float64, device="cpu")
         if timesteps is not None:  # beta between the kept times (iDDPM eq. 19)
             alpha_bar = torch.cumprod(1 - beta, dim=0)[timesteps]
             beta = 1 - alpha_bar / _shifted(alpha_bar)
@@ -46,10 +46,10 @@ class GaussianDiffusion:
         self.alpha = 1 - self.beta
         self.alpha_bar = torch.cumprod(self.alpha, dim=0)
         self.alpha_bar_prev = _shifted(self.alpha_bar)
-        self.beta_tilde = self.beta * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)  # eq. 7
+        self.beta_tilde = self.beta * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)  # DDPM eq. 7
         # beta_tilde is 0 at t = 0; its logarithm uses the next value there, as iDDPM's code does.
-        next_value = self.beta_tilde[1] if len(beta) > 1 else self.beta[0]
-        self.log_beta_tilde = torch.where(self.beta_tilde > 0, self.beta_tilde, next_value).log()
+        next_value = self.beta_tilde[1:2] if len(beta) > 1 else self.beta
+        self.log_beta_tilde = torch.cat([next_value, self.beta_tilde[1:]]).log()
 
     def respaced(self, steps: int) -> "GaussianDiffusion":
         """The same process at `steps` evenly spaced times, T-1 included (DDIM D.2, "linear").
@@ -62,11 +62,11 @@ class GaussianDiffusion:
 
     @property
     def schedule(self) -> list[float]:
-        """What a checkpoint keeps: T, the first and the last beta, the last alpha_bar."""
+        """What a checkpoint keeps, to compare: T, first and last beta, last alpha_bar, rounded."""
         return [T, *(float(f"{x:.6g}") for x in (self.beta[0], self.beta[-1], self.alpha_bar[-1]))]
 
     def scales(self, t: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), (N, 1, 1, 1) each, for images (N, ...)."""
+        """sqrt(alpha_bar_t) and sigma = sqrt(1 - alpha_bar_t), not DDPM's sigma_t: (N, 1, 1, 1)."""
         return _at(self.alpha_bar.sqrt(), t, images), _at((1 - self.alpha_bar).sqrt(), t, images)
 
     # Forward process and its inversion
@@ -95,10 +95,10 @@ class GaussianDiffusion:
         gives eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t.
         """
         def eps_model(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            out, variance = split(model(x_t, t, y), x_t)
+            out, var_out = split(model(x_t, t, y), x_t)
             signal, sigma = self.scales(t, x_t)
             eps = self.predict_eps(x_t, t, out) if predicts == "x_0" else signal * out + sigma * x_t
-            return eps if variance is None else torch.cat([eps, variance], dim=1)
+            return eps if var_out is None else torch.cat([eps, var_out], dim=1)
 
         return model if predicts == "eps" else eps_model
 
@@ -116,13 +116,13 @@ class GaussianDiffusion:
         The mean is eq. 7 at the predicted x_0. If x_0 is not clipped, that is DDPM eq. 11 (a test
         compares them): (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_t).
         """
-        eps_hat, v = split(out, x_t)
+        eps_hat, var_out = split(out, x_t)
         mean, _ = self.q_posterior(self.predict_x_0(x_t, t, eps_hat, clip), x_t, t)
         low, high = (_at(table, t, x_t) for table in (self.log_beta_tilde, self.beta.log()))
-        if v is None:
+        if var_out is None:
             return mean, low
-        share = (v + 1) / 2  # as in iDDPM's code, v runs from -1 to 1
-        return mean, share * high + (1 - share) * low  # iDDPM eq. 15
+        v = (var_out + 1) / 2  # as in iDDPM's code, the output runs from -1 to 1
+        return mean, v * high + (1 - v) * low  # iDDPM eq. 15
 
     # Training
 
@@ -138,16 +138,16 @@ class GaussianDiffusion:
         x_0: in [-1, 1]; min_snr: gamma of `min_snr_weight`; 0 for equal weights. A scalar.
         """
         x_t = self.q_sample(x_0, t, eps)
-        eps_hat, v = split(model(x_t, t, y), x_t)
+        eps_hat, var_out = split(model(x_t, t, y), x_t)
         error = (eps - eps_hat).abs() if kind == "l1" else (eps - eps_hat).square()  # DDPM eq. 14
         loss = (self.min_snr_weight(t, min_snr, x_0) * error if min_snr else error).mean()
-        if v is not None:  # L_hybrid (iDDPM eq. 16): T times a random term of L_vlb; trains v alone
-            term = self.vlb_term(torch.cat([eps_hat.detach(), v], dim=1), x_0, x_t, t, clip=False)
-            loss = loss + 0.001 * T * term.mean()
+        if var_out is not None:  # L_hybrid (iDDPM eq. 16); T times one term estimates L_vlb
+            out = torch.cat([eps_hat.detach(), var_out], dim=1)  # it trains the variance only
+            loss = loss + 0.001 * T * self.vlb_term(out, x_0, x_t, t, clip=False).mean()
         return loss
 
     def min_snr_weight(self, t: Tensor, gamma: float, images: Tensor) -> Tensor:
-        """min(SNR_t, gamma) / SNR_t (Hang et al. 2023, for the squared error): less for small t."""
+        """min(SNR_t, gamma) / SNR_t (Hang et al. 2023: for mse, gamma 5), less for small t."""
         snr = self.alpha_bar / (1 - self.alpha_bar)
         return _at(snr.clamp(max=gamma) / snr, t, images)
 
@@ -158,7 +158,7 @@ class GaussianDiffusion:
         """
         moments = ((self.q_posterior(x_0, x_t, t)[0], _at(self.log_beta_tilde, t, x_t)),
                    self.p_mean_log_variance(x_t, t, out, clip))
-        # Not validated: that would wait for a GPU, and no CUDA graph could hold it.
+        # Without validation, which would wait for a GPU and cannot be part of a CUDA graph.
         q, p = (Normal(mean, (log_var / 2).exp(), validate_args=False) for mean, log_var in moments)
         nats = torch.where(t.reshape(-1, 1, 1, 1) > 0, kl_divergence(q, p),
                            -discretized_log_likelihood(x_0, p))
@@ -167,7 +167,7 @@ class GaussianDiffusion:
     # Reverse process
 
     def ddpm_step(self, x_t: Tensor, t: Tensor, out: Tensor, z: Tensor, clip: bool) -> Tensor:
-        """x_t-1 ~ p(x_t-1 | x_t) (DDPM Algorithm 2, line 4). out: the model's; z ~ N(0, I)."""
+        """x_t-1 ~ p(x_t-1 | x_t) (DDPM Algorithm 2, lines 3, 4). out: the model's; z ~ N(0, I)."""
         mean, log_variance = self.p_mean_log_variance(x_t, t, out, clip)
         return mean + (t > 0).reshape(-1, 1, 1, 1) * (log_variance / 2).exp() * z
 
@@ -193,7 +193,7 @@ class GaussianDiffusion:
         """x_T ~ N(0, I) to x_0 (DDPM Algorithm 2; DDIM section 4.2). Returns (N, C, H, W).
 
         y: (N,) labels; sampler: "ddpm" or "ddim"; steps: of a respaced chain; generator: of z, see
-        `noise`; on_step(t, x_t): called for every image from x_T (t = T, as in the papers) to x_0.
+        `noise`; on_step(t, x_t): called with each x_t, from x_T to x_0; this t is the papers'.
         """
         chain, x_t = self.respaced(steps), x_T
         step = chain.ddpm_step if sampler == "ddpm" else partial(chain.ddim_step, eta=eta)
@@ -220,23 +220,23 @@ def noise(shape: Sequence[int], generator: Generators = None) -> Tensor:
 
 
 def guided(model: Model, guidance: float, null_class: int) -> Model:
-    """Classifier-free guidance of all channels of eps (CFG eq. 6; DiT section 3.1, "s" = 1 + w).
+    """Classifier-free guidance of all channels (CFG eq. 6; DiT section 3.1, "s" = 1 + w).
 
-    eps_hat = eps(null) + guidance * (eps(y) - eps(null)) = (1 + w) eps(y) - w eps(null). 1 is the
-    plain conditional model. A predicted variance is that of eps(y), as in the paper's code.
+    eps_hat = eps(null) + guidance * (eps(y) - eps(null)) = (1 + w) eps(y) - w eps(null). 1 turns it
+    off. DiT guides 3 of 4 channels (appendix A). A predicted variance is eps(y)'s, as in its code.
     """
-    def conditional_and_null(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def guided_model(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         both = torch.cat([y, torch.full_like(y, null_class)])
         out = model(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-        (eps_y, v), (eps_null, _) = (split(half, x_t) for half in out.chunk(2))
+        (eps_y, var_out), (eps_null, _) = (split(half, x_t) for half in out.chunk(2))
         eps_hat = eps_null + guidance * (eps_y - eps_null)
-        return eps_hat if v is None else torch.cat([eps_hat, v], dim=1)
+        return eps_hat if var_out is None else torch.cat([eps_hat, var_out], dim=1)
 
-    return model if guidance == 1 else conditional_and_null
+    return model if guidance == 1 else guided_model
 
 
 def split(out: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-    """eps_hat (N, C, H, W) and, if the network predicts the variance too, v. x_t: (N, C, H, W)."""
+    """eps_hat (N, C, H, W) and var_out, or None if the variance is fixed. x_t: (N, C, H, W)."""
     C = x_t.shape[1]
     return out[:, :C], out[:, C:] if out.shape[1] == 2 * C else None
 

@@ -51,7 +51,7 @@ def position_table(hidden_size: int, side: int) -> Tensor:
 class PatchEmbed(nn.Module):
     """One linear map for all patches. (N, C, H, W) -> (N, L, D).
 
-    `proj` is the strided convolution of released checkpoints, applied as an equal matrix product.
+    `proj`, in released checkpoints a strided convolution, is applied as the equal matrix product.
     """
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
@@ -74,7 +74,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
     def drop(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Labels, each replaced by the null class with `dropout_prob` (CFG Algorithm 1, line 3).
+        """y, with probability `dropout_prob` replaced by the null class (CFG Algorithm 1, line 3).
 
         generator: on y's device. The paper's code does this in forward(), here train.py does.
         """
@@ -115,7 +115,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """eps, x_0 or v (`config.predicts`) of (x_t, t, y)."""
+    """Predicts eps, x_0 or v (`config.predicts`) from (x_t, t, y); on request, the variance too."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -126,7 +126,7 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, D, config.class_dropout_prob)
         self.register_buffer("pos_embed", torch.empty(1, (config.image_size // p) ** 2, D))
         design = DESIGNS[config.block]
-        self.adaptive = design.adaptive
+        self.adaptive = config.block.startswith("adaLN")  # c is one vector, not two tokens
         self.blocks = nn.ModuleList(design(D, config.num_heads, config.mlp_ratio)
                                     for _ in range(config.depth))
         final_layer = FinalLayer if self.adaptive else PlainFinalLayer

@@ -2,7 +2,9 @@
 
 They are in the paper's order: in-context, cross-attention, adaLN, adaLN-Zero. Figure 3, which omits
 adaLN, calls shift, scale and gate beta, gamma and alpha; here, these belong to the diffusion.
-Shapes: N images, L tokens per image, D the width of a token. eps = 1e-6 is the paper's code's.
+Shapes: N images, L tokens per image (the paper's T), D the width of a token (the paper's d). y is
+the label (the paper's text says c), c the condition. LayerNorm's eps of 1e-6 is the paper's code's.
+
 """
 
 from torch import Tensor, nn
@@ -73,8 +75,6 @@ class InContextBlock(nn.Module):
     t and y are the last two tokens, which `DiT.forward` appends and removes. c is not used.
     """
 
-    adaptive = False  # t and y reach it as tokens
-
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
@@ -94,8 +94,6 @@ class CrossAttentionBlock(nn.Module):
     x: (N, L, D); c: (N, 2, D), the sequence of the two tokens t and y -> (N, L, D).
     """
 
-    adaptive = False  # t and y reach it as tokens
-
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
@@ -113,12 +111,10 @@ class CrossAttentionBlock(nn.Module):
 
 
 class AdaLNBlock(nn.Module):
-    """Shift and scale of LayerNorms are regressed from c = t + y (DiT section 3.2, "adaLN block").
+    """LayerNorms whose shift and scale depend on c (DiT section 3.2, "... (adaLN) block").
 
-    x: (N, L, D), c: (N, D) -> (N, L, D).
+    x: (N, L, D); c: (N, D), the embeddings of t and y added -> (N, L, D).
     """
-
-    adaptive = True  # t and y reach it as c, the sum of their embeddings
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -141,8 +137,6 @@ class DiTBlock(nn.Module):
     x: (N, L, D), c: (N, D) -> (N, L, D). `DiT.initialize_weights` sets adaLN_modulation to zero:
     all gates are 0, and a new block is the identity.
     """
-
-    adaptive = True  # t and y reach it as c, the sum of their embeddings
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()

@@ -45,8 +45,8 @@ def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm
     y = torch.as_tensor(labels, device="cpu")
     require(y.ndim == 1 and all(label in range(null_class + 1) for label in y.tolist()),
             f"labels must be integers in [0, {null_class}], one per image")
-    steps = STEPS.get(sampler) if steps is None else steps
     require(sampler in STEPS, f"sampler must be one of {', '.join(STEPS)}, not {sampler!r}")
+    steps = STEPS[sampler] if steps is None else steps
     for name, value, least, most in (("eta", eta, 0, 1), ("guidance", guidance, 0, 100),
                                      *(("seed", one, *SEEDS) for one in seeds)):
         require(least <= value <= most, f"{name} must lie in [{least}, {most}], not {value}")
@@ -57,11 +57,11 @@ def generate(model: DiT, labels: Tensor | Sequence[int], *, sampler: str = "ddpm
     diffusion = diffusion or GaussianDiffusion(device=device)
     generators = [torch.Generator().manual_seed(one) for one in seeds]
     eps_model = diffusion.as_eps(fused(model, frozen=True), config.predicts)  # C++ on a CPU
-    network = recorded(guided(eps_model, guidance, null_class), device)  # on a GPU, a CUDA graph
+    guided_model = recorded(guided(eps_model, guidance, null_class), device)  # CUDA graph on a GPU
     shape = len(y), config.in_channels, config.image_size, config.image_size
     x_T = noise(shape, generators).to(model.pos_embed)  # DDPM Algorithm 2, line 1
-    x_0 = diffusion.sample(network, x_T, y.long().to(device), sampler=sampler, steps=steps, eta=eta,
-                           generator=generators, on_step=on_step)
+    x_0 = diffusion.sample(guided_model, x_T, y.long().to(device), sampler=sampler, steps=steps,
+                           eta=eta, generator=generators, on_step=on_step)
     if not x_0.isfinite().all():
         raise FloatingPointError("the network's output is not finite, so there is nothing to show")
     return x_0

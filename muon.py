@@ -25,7 +25,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices, (m, n) each. lr: a number or a 0-dimensional tensor."""
+    """For matrices, (m, n) each. lr: a number, or a 0-dimensional tensor for a CUDA graph."""
 
     def __init__(self, matrices: Iterable[Tensor], lr: float | Tensor):
         super().__init__(matrices, {"lr": lr})
@@ -45,6 +45,6 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[matrix]["momentum"] for matrix in matrices]
                 torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
                 updates = torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))  # Nesterov
-                scale = 0.2 * max(shape)**0.5  # RMS 0.2, as AdamW (arXiv 2502.16982)
+                scale = 0.2 * max(shape)**0.5  # updates of RMS 0.2, like AdamW's (arXiv 2502.16982)
                 updates = group["lr"] * scale * orthogonalized(updates)
                 torch._foreach_sub_(matrices, updates.unbind())

@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-FREQUENCIES = 256  # cosines and sines (DiT appendix A)
+FREQUENCY_DIM = 256  # half of them cosines, half sines (DiT appendix A)
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """[cos(t w_0), ..., cos(t w_h-1), sin(t w_0), ...] with h = dim / 2, w_i = 10000^(-i / h).
+    """[cos(t w_0), ..., cos(t w_{h-1}), sin(t w_0), ...] with h = dim / 2, w_i = 10000^(-i / h).
 
     t: (N,), any real values; returns (N, dim), float32. `dim` is even.
     """
@@ -26,8 +26,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(),
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCY_DIM, hidden_size), nn.SiLU(),
                                  nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sinusoid(t, FREQUENCIES).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid(t, FREQUENCY_DIM).to(self.mlp[0].weight.dtype))

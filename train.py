@@ -47,8 +47,7 @@ def make_optimizers(model: DiT, cfg: TrainConfig) -> list[torch.optim.Optimizer]
     """Muon for the blocks' matrices and AdamW for the rest, or AdamW for all; no weight decay."""
     muon = cfg.optimizer == "muon"
     matrices = [p for p in model.blocks.parameters() if muon and p.ndim == 2]
-    # `in` would compare values.
-    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    others = [p for p in model.parameters() if p not in set(matrices)]  # a set: by identity
     optimizers = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=True)]
     if matrices:
         optimizers.append(Muon(matrices, lr=cfg.lr))
@@ -111,8 +110,8 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
     keep_freed_memory()
     device = pick_device(cfg.device)
     data_dir = here_or_in_project(cfg.data_dir)
-    train_set, test_set = (load_mnist(split, data_dir, device, cfg.limit, cfg.model.image_size)
-                           for split in (True, False))
+    train_set, test_set = (load_mnist(training, data_dir, device, cfg.limit, cfg.model.image_size)
+                           for training in (True, False))
     diffusion = GaussianDiffusion(device=device)
     test_batches = held_out(diffusion, test_set)
     torch.manual_seed(cfg.seed)  # the initial weights
@@ -125,7 +124,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
         run.begin(resume)
         fast = compiled if cfg.compile else lambda network, batch_size: network
         network = ranks.wrap(fast(model, cfg.batch_size // ranks.size))
-        network = diffusion.as_eps(network, cfg.model.predicts)
+        eps_model = diffusion.as_eps(network, cfg.model.predicts)
         fast_ema = diffusion.as_eps(fast(ema, len(test_batches[0][0])), cfg.model.predicts)
 
         def step(x_0: Tensor, y: Tensor, lr: float | Tensor, decay: float | Tensor) -> Tensor:
@@ -133,7 +132,7 @@ def train(cfg: TrainConfig, resume: bool = False, ranks: Ranks | None = None) ->
             t, eps = diffusion.draw_t_and_eps(x_0, generator)  # lines 3 and 4
             y = model.y_embedder.drop(y, generator)  # CFG Algorithm 1, line 3
             x_0, y, t, eps = ranks.share(x_0, y, t, eps)  # all of it, if there is one process
-            loss = diffusion.loss(network, x_0, y, t, eps, cfg.loss, cfg.min_snr)
+            loss = diffusion.loss(eps_model, x_0, y, t, eps, cfg.loss, cfg.min_snr)
             loss.backward()  # line 5
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
