@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from config import GUIDANCE, MNIST_TEST_IMAGES, T, require
+from config import GUIDANCE, MNIST_TEST_IMAGES, SEEDS, T, require
 from dataset import Digits, load_mnist
 from diffusion import GaussianDiffusion, noise
 from dit import DiT
@@ -153,12 +153,11 @@ def sample_images(model: DiT, n: int, seed: int, **settings) -> tuple[Tensor, Te
     """
     labels = torch.arange(n) % model.config.num_classes
     at_once = AT_ONCE if records(model.pos_embed.device) and n % BATCH_SIZE == 0 else 1
-    groups = enumerate(tqdm(labels.split(BATCH_SIZE * at_once), desc="sampling", unit="batch"))
-    images = [generate(model, y, seed=[(seed * 10_000_019 + group * at_once + i) % 2**32
-                                       for i in range(-(-len(y) // BATCH_SIZE))], **settings)
-              for group, y in groups]
-    border = (model.config.image_size - 28) // 2
-    return F.pad(torch.cat(images), [-border] * 4), labels.to(images[0].device)
+    images = torch.cat([
+        generate(model, y, seed=[(seed * 10_000_019 + group * at_once + i) % 2**32
+                                 for i in range(-(-len(y) // BATCH_SIZE))], **settings)
+        for group, y in enumerate(tqdm(labels.split(BATCH_SIZE * at_once), desc="sampling"))])
+    return F.pad(images, [(28 - images.shape[-1]) // 2] * 4), labels.to(images.device)
 
 
 @torch.no_grad()
@@ -181,8 +180,9 @@ def nll_bound(model: DiT, digits: Digits, diffusion: GaussianDiffusion, seed: in
 
 def measure(args: argparse.Namespace) -> None:
     """What the command line asks for. CheckpointError, DataError, OSError or SettingError."""
-    require(100 <= args.n <= 20_000, f"n must lie in [100, 20000], not {args.n}")
-    require(0 <= args.bpd <= MNIST_TEST_IMAGES, f"bpd must lie in [0, 10000], not {args.bpd}")
+    for name, least, most in (("n", 100, 20_000), ("bpd", 0, MNIST_TEST_IMAGES), ("seed", *SEEDS)):
+        value = getattr(args, name)
+        require(least <= value <= most, f"{name} must lie in [{least}, {most}], not {value}")
     folder = here_or_in_project(args.data_dir)
     require(not args.json or args.json.suffix == ".json", f"{args.json} must end in .json")
     model, diffusion = open_checkpoint(args, [args.json])

@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         cfg = configure(**given)
-        with joined_ranks(pick_device(cfg.device)) as ranks:
+        with joined_ranks(pick_device(cfg.device), one_gpu=":" in cfg.device) as ranks:
             train(cfg, resume, ranks)
             if ranks.leads:
                 print(f"wrote {cfg.checkpoint}, and next to it the loss curve and the samples")

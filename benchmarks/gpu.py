@@ -39,6 +39,7 @@ from runtime.files import PROJECT
 
 VARIANTS = {"compiled": (False, True), "plain": (False, False), "recorded": (True, False),
             "recorded-compiled": (True, True)}  # of training: DIT_RECORD, and --compile
+GPU = torch.device("cuda:0")
 QUICK = "recorded_steps or samples_are or test_loss"  # the tests of parity
 
 
@@ -51,12 +52,13 @@ class Part:
         self.deadline, self.results = deadline, {}
 
     def item(self, name: str, command: list, limit: float, record: bool = False,
-             read: Callable[[], dict] | None = None) -> dict:
+             read: Callable[[], dict] | None = None) -> None:
         """Run python with these arguments. read: results from its files, not from its last line."""
         left = self.deadline - time.monotonic()
         if left < min(limit, 20):
             print(f"{name}: left out, {left:.0f} s remain", flush=True)
-            return self.results.setdefault(name, {"left out": True})
+            self.results[name] = {"left out": True}
+            return
         print(f"{name}: python {' '.join(map(str, command))[:300]}", flush=True)
         environment = os.environ | {"DIT_RECORD": str(int(record)), "PYTHONPATH": str(PROJECT),
                                     "PYTHONUNBUFFERED": "1"}
@@ -83,7 +85,6 @@ class Part:
             print(result["output"][-1500:], flush=True)
         self.results[name] = result
         self.save()
-        return result
 
     def save(self) -> None:
         """The results so far, and the small files next to them."""
@@ -98,48 +99,43 @@ class Part:
 
 # Measured in a process of their own; the last line that they print is JSON.
 
-def step_time(batch_size: int, compile: bool, tf32: bool = False, device: str = "cuda:0",
-              repeats: int = 300) -> dict:
+def step_time(batch_size: int, compile: bool, tf32: bool = False) -> dict:
     """ms per training step alone, and the time of the GPU's kernels in ten of them."""
     if tf32:
         torch.set_float32_matmul_precision("high")
-    cfg = TrainConfig(batch_size=batch_size, limit=MNIST_IMAGES, device=device)
-    step, device = training_step(cfg, compile), torch.device(device)
-    seconds(device, step, min(20, repeats))  # the first ones compile or record
-    found = {"ms": 1000 * seconds(device, step, repeats)}
-    if device.type == "cuda":
-        found["memory"] = torch.cuda.max_memory_allocated(device)
-        with profile(activities=[ProfilerActivity.CUDA]) as kernels:
-            seconds(device, step, 10)
-        found["kernels"] = kernels.key_averages().table(
-            sort_by="self_device_time_total", row_limit=25, max_name_column_width=60)
-    return found
+    cfg = TrainConfig(batch_size=batch_size, limit=MNIST_IMAGES, device=str(GPU))
+    step = training_step(cfg, compile)
+    seconds(GPU, step, 20)  # the first ones compile or record
+    found = {"ms": 1000 * seconds(GPU, step, 300), "memory": torch.cuda.max_memory_allocated(GPU)}
+    with profile(activities=[ProfilerActivity.CUDA]) as kernels:
+        seconds(GPU, step, 10)
+    return found | {"kernels": kernels.key_averages().table(
+        sort_by="self_device_time_total", row_limit=25, max_name_column_width=60)}
 
 
-def sampling_time(n: int, steps: int, device: str = "cuda:0") -> dict:
+def sampling_time(n: int, steps: int) -> dict:
     """Seconds per call of `generate`; the second call, as in evaluation."""
-    model, device = load_model(PROJECT / "model.pth", device)[0], torch.device(device)
-    diffusion, seeds = GaussianDiffusion(device=device), list(range(max(1, n // BATCH_SIZE)))
+    model, _ = load_model(PROJECT / "model.pth", GPU)
+    diffusion, seeds = GaussianDiffusion(device=GPU), list(range(max(1, n // BATCH_SIZE)))
     y = torch.arange(n) % 10
 
     def call() -> None:
         generate(model, y, steps=steps, seed=seeds, diffusion=diffusion)
 
-    first = seconds(device, call, 1)
-    return {"first": first, "seconds per call": seconds(device, call, 2), "steps": steps}
+    first = seconds(GPU, call, 1)
+    return {"first": first, "seconds per call": seconds(GPU, call, 2), "steps": steps}
 
 
-def held_out_time(device: str = "cuda:0", limit: int = 0) -> dict:
+def held_out_time() -> dict:
     """ms per call of `held_out_loss`."""
-    device = torch.device(device)
-    model, diffusion = DiT(ModelConfig()).to(device).eval(), GaussianDiffusion(device=device)
-    batches = train.held_out(diffusion, load_mnist(False, PROJECT / "mnist", device, limit))
+    model, diffusion = DiT(ModelConfig()).to(GPU).eval(), GaussianDiffusion(device=GPU)
+    batches = train.held_out(diffusion, load_mnist(False, PROJECT / "mnist", GPU))
 
     def call() -> None:
         train.held_out_loss(model, diffusion, batches, "l1")
 
     call()
-    return {"ms": 1000 * seconds(device, call, 5), "batches": len(batches)}
+    return {"ms": 1000 * seconds(GPU, call, 5), "batches": len(batches)}
 
 
 def calling(function: Callable[..., dict], *arguments, **settings) -> list[str]:
@@ -150,10 +146,10 @@ def calling(function: Callable[..., dict], *arguments, **settings) -> list[str]:
 
 # The parts
 
-def tested(part: Part, name: str, choice: str, limit: float) -> dict:
+def tested(part: Part, name: str, choice: str, limit: float) -> None:
     """The tests marked gpu that pytest's -k chooses."""
-    return part.item(name, ["-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", "-k", choice,
-                            "-p", "no:cacheprovider", "--tb=short"], limit, read=dict)
+    part.item(name, ["-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", "-k", choice,
+                     "-p", "no:cacheprovider", "--tb=short"], limit, read=dict)
 
 
 def tests(part: Part) -> None:
@@ -229,18 +225,20 @@ def study(part: Part) -> None:
     part.save()
 
 
+PARTS = {part.__name__: part for part in (tests, times, runs, study)}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.gpu", allow_abbrev=False,
                                      description="Tests and measurements on a GPU.")
     parser.add_argument("folder", type=Path, help="where the results go")
-    parser.add_argument("parts", nargs="+", choices=("tests", "times", "runs", "study"))
+    parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--minutes", type=float, default=8.5, help="for all of it (default: 8.5)")
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * args.minutes
     for name in args.parts:
-        {"tests": tests, "times": times, "runs": runs, "study": study}[name](
-            Part(args.folder, name, deadline))
+        PARTS[name](Part(args.folder, name, deadline))
 
 
 if __name__ == "__main__":

@@ -25,16 +25,14 @@ def main(argv: list[str] | None = None) -> None:
         description="Time a sampling step, and compare with its roofline.", allow_abbrev=False)
     add = parser.add_argument
     for name, default in (("batch-size", 10), ("hidden-size", ModelConfig.hidden_size),
-                          ("depth", ModelConfig.depth), ("patch-size", ModelConfig.patch_size),
-                          ("rounds", 5)):
+                          ("depth", ModelConfig.depth), ("rounds", 5)):
         add(f"--{name}", type=int, default=default, metavar="N", help=f"(default: {default})")
     add("--guidance", type=float, default=1.0, help="(default: 1)")
     add("--device", default="auto")
     args = parser.parse_args(argv)
     try:
         device = pick_device(args.device)
-        config = ModelConfig(hidden_size=args.hidden_size, depth=args.depth,
-                             patch_size=args.patch_size)
+        config = ModelConfig(hidden_size=args.hidden_size, depth=args.depth)
     except ValueError as error:
         parser.error(str(error))
     keep_freed_memory()

@@ -55,7 +55,7 @@ def measure(cfg: TrainConfig, rounds: int, kinds: list[str]) -> tuple[dict[str, 
     return times, flops / rate, flops
 
 
-def step_time(points: list[tuple[str, int, float, float]]) -> Figure:
+def times_figure(points: list[tuple[str, int, float, float]]) -> Figure:
     """Time per step against arithmetic, and the roofline.
 
     points: name, operations, seconds, roofline in seconds.
@@ -83,8 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         description="Time a training step, and compare with its roofline.", allow_abbrev=False)
     add = parser.add_argument
     for name, default in (("batch-size", 300), ("hidden-size", ModelConfig.hidden_size),
-                          ("depth", ModelConfig.depth), ("patch-size", ModelConfig.patch_size),
-                          ("rounds", 10)):
+                          ("depth", ModelConfig.depth), ("rounds", 10)):
         add(f"--{name}", type=int, default=default, metavar="N", help=f"(default: {default})")
     add("--device", default="auto")
     add("--scaling", type=Path, metavar="FILE",
@@ -92,8 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         device = pick_device(args.device)
-        config = ModelConfig(hidden_size=args.hidden_size, depth=args.depth,
-                             patch_size=args.patch_size)
+        config = ModelConfig(hidden_size=args.hidden_size, depth=args.depth)
         models = FAMILY if args.scaling else {"": config}
         recipes = {name: TrainConfig(batch_size=args.batch_size, model=model, device=str(device),
                                      limit=4 * args.batch_size) for name, model in models.items()}
@@ -111,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
                   f"{time / roofline:.2f} x roofline", flush=True)
         points.append((name, flops, times["compiled"], roofline))
     if args.scaling:
-        save_picture(args.scaling, lambda: step_time(points))
+        save_picture(args.scaling, lambda: times_figure(points))
 
 
 if __name__ == "__main__":

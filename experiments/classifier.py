@@ -36,13 +36,13 @@ def augmented(images: Tensor) -> Tensor:
     return F.grid_sample(images + 1, grid, align_corners=False) - 1  # outside, all is black
 
 
-def train_classifier(file: Path, train_set: Digits, seed: int = 0, epochs: int = 8) -> None:
-    """Train a classifier and save it. OSError if the file cannot be written."""
+def train_classifier(file: Path, train_set: Digits, seed: int) -> None:
+    """Train a classifier for 8 epochs and save it. OSError if the file cannot be written."""
     check_files([file])  # before minutes of work
     torch.manual_seed(seed)
     classifier = Classifier().to(train_set.images.device)
     order = torch.Generator().manual_seed(seed)
-    batches = [i for _ in range(epochs) for i in train_set.batch_indices(125, order)]
+    batches = [i for _ in range(8) for i in train_set.batch_indices(125, order)]
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.005, len(batches))
     for index in tqdm(batches, desc="training the classifier", unit="step", mininterval=0.5):

@@ -70,11 +70,14 @@ def real_line(axes: Axes, rows: Rows, n: int, y: str = "FID") -> None:
 
 
 def show_digits(axes: Axes, path: Path) -> None:
-    """The strip of ten digits of 28 x 28 in the file `path`, in two rows."""
+    """The strip of ten digits of 28 x 28 in the file `path`, in two rows, if it is there."""
+    axes.set_axis_off()
+    if not path.exists():
+        axes.text(0.5, 0.5, "not run yet", ha="center", transform=axes.transAxes)
+        return
     strip = pil_to_tensor(Image.open(path)).chunk(10, dim=2)
     digits = torch.stack(strip) / 127.5 - 1  # (10, 1, H, W)
     axes.imshow(tile(digits.split(5)).numpy(), cmap="gray", vmin=-1, vmax=1)
-    axes.set_axis_off()
 
 
 def finish(axes: Axes, ylabel: str = "FID", **labels) -> None:

@@ -6,15 +6,13 @@
 
 Networks this small gain little from a second thread. Set OMP_NUM_THREADS=1
 OMP_WAIT_POLICY=PASSIVE, and start one process per core: they share the work. Stop and start them
-at will: a run continues where it was. For Linux and macOS.
+at will: a run continues where it was.
 """
 
 import argparse
 import csv
-import fcntl
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from fnmatch import fnmatch
@@ -42,25 +40,13 @@ from experiments.starts import started
 from experiments.study import DDIM_STEPS, TABLE, Network, Setting
 from inference import generate
 from runtime.checkpoint import CheckpointError, checksum
-from runtime.files import write_atomically
+from runtime.files import locked, write_atomically
 from runtime.pictures import as_bytes
 from runtime.run import RunFiles
 from runtime.script import TrainingError, exit_status, pick_device
 from runtime.speed import keep_freed_memory
 
 RUNS = Path(__file__).with_name("runs")  # the state of the runs; not in git
-
-
-@contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether the lock of this file is ours, within the block. It dies with its process."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 class Worker:

@@ -47,9 +47,9 @@ class Ranks:
 
 
 @contextmanager
-def joined_ranks(device: torch.device) -> Iterator[Ranks]:
+def joined_ranks(device: torch.device, one_gpu: bool) -> Iterator[Ranks]:
     """The processes of this run, connected within the context: GPUs by NCCL, else by Gloo."""
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # each machine has its own
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # of this machine's torchrun
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks(restarted=restarts > 0)
         return
@@ -62,8 +62,7 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # NCCL refuses processes that share a GPU (--device cuda:0).
-    own_gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and own_gpu else "gloo"
+    backend = "gloo" if one_gpu or device.type != "cuda" else "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield Ranks(rank, size, restarts > 0)

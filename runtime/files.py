@@ -2,9 +2,9 @@
 
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from config import require
 
@@ -43,19 +43,19 @@ def check_files(outputs: Iterable[Path | None]) -> None:
         require(os.access(path.parent, os.W_OK), f"{path.parent} is no directory to write to")
 
 
-def lock(path: Path) -> TextIO:
-    """Claim `path` and the files next to it until the result is closed or the process ends.
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether the lock file `path` is ours, until the block or the process ends.
 
-    OSError if another process holds it. The lock file stays: if it were removed, two processes
-    could lock two different files of this name.
+    The file stays: if it were removed, two processes could lock two different files of this name.
     """
-    held = path.with_name(f".{path.stem}.lock").open("a")
-    try:
-        import fcntl
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OSError(f"another process is writing {path} or a file next to it: wait until it "
-                      "ends, or choose another --checkpoint") from None
-    except (ImportError, OSError):  # Windows, or a file system without locks
-        pass
-    return held
+    with path.open("a") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            pass
+        yield True

@@ -23,7 +23,7 @@ def save_picture(path: Path, make: Callable[[], Figure]) -> None:
 
 
 def denser_at_the_end(values: list[int], count: int) -> list[int]:
-    """At most `count` of n + 1 values: from the last, those at n (i / (count - 1))^1.75."""
+    """At most `count` of the values, in order, denser towards the last, which is one of them."""
     count, n = min(count, len(values)), len(values) - 1
     places = [round(n * (i / max(count - 1, 1)) ** 1.75) for i in range(count)]
     # max: distinct values, even where the power rounds two places to one

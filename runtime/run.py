@@ -22,7 +22,7 @@ from dataset import Digits
 from dit import DiT
 from runtime.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from runtime.distributed import Ranks
-from runtime.files import check_files, lock, write_atomically
+from runtime.files import check_files, locked, write_atomically
 from runtime.pictures import as_bytes, loss_curve, save_picture, show
 from runtime.script import TrainingError
 
@@ -60,8 +60,11 @@ class Run(ExitStack):
         self.signal = self.curve_due = 0
 
     def __enter__(self) -> "Run":
-        if self.ranks.leads:
-            self.enter_context(lock(self.files.weights))
+        weights = self.files.weights
+        if self.ranks.leads and not self.enter_context(
+                locked(weights.with_name(f".{weights.stem}.lock"))):
+            raise OSError(f"another process is writing {weights} or a file next to it: wait until "
+                          "it ends, or choose another --checkpoint")
         main = threading.current_thread() is threading.main_thread()
         for number in STOP_SIGNALS if main else ():  # ignored ones, as under nohup, stay so
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -77,7 +80,7 @@ class Run(ExitStack):
         # torchrun restarts dead processes without --resume.
         resume = self.ranks.any(resume or (self.ranks.restarted and self.files.state.exists()))
         if resume:
-            self._restore(self._load_state())
+            self._restore()
         if self.ranks.leads and resume:
             print(f"resumed at step {self.step} of {self.total_steps}")
         elif self.ranks.leads:
@@ -86,8 +89,8 @@ class Run(ExitStack):
             initial=self.step * self.cfg.batch_size, total=self.total_steps * self.cfg.batch_size,
             unit="img", unit_scale=True, disable=None if self.ranks.leads else True))
 
-    def _load_state(self) -> dict:
-        """The content of model.resume.pth. CheckpointError if there is none of this recipe."""
+    def _restore(self) -> None:
+        """Take back what model.resume.pth keeps. CheckpointError if it is not of this recipe."""
         file = self.files.state
         if not file.exists():
             raise CheckpointError(f"there is nothing to resume: no file {file}")
@@ -99,7 +102,24 @@ class Run(ExitStack):
                    if name not in MAY_CHANGE and before.get(name) != value]
         if changed:
             raise CheckpointError(f"{file} belongs to another recipe: {', '.join(changed)}")
-        return state
+        load_weights(file, self.model, state["weights"])
+        load_weights(file, self.ema, state["ema"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            groups = optimizer.state_dict()["param_groups"]  # of this recipe and device
+            optimizer.load_state_dict(saved | {"param_groups": groups})
+        moments = [(value.shape, parameter.shape) for optimizer in self.optimizers
+                   for parameter, values in optimizer.state.items() for value in values.values()]
+        step, epochs = state["step"], len(state["curve"])  # complete ones
+        if any(shape not in (own, ()) for shape, own in moments) or not (
+                1 <= step <= self.total_steps and epochs == (step - 1) // self.steps_per_epoch):
+            raise CheckpointError(f"{file} does not fit: it is at step {step}, epoch {epochs}, the "
+                                  f"run has {self.total_steps} steps")
+        self.step, self.curve, self.samples = state["step"], state["curve"], state["samples"]
+        self.loss_sum.copy_(state["loss_sum"])
+        self.started -= state["seconds"]
+        self.order.set_state(state["order"])
+        if len(state["noise"]) == len(self.generator.get_state()):  # else of another device
+            self.generator.set_state(state["noise"])
 
     def state(self) -> dict:
         """What model.resume.pth keeps; `_restore` takes it back."""
@@ -109,26 +129,6 @@ class Run(ExitStack):
                 "curve": self.curve, "samples": self.samples, "loss_sum": self.loss_sum,
                 "seconds": time.monotonic() - self.started, "order": self.order_at_epoch,
                 "noise": self.generator.get_state()}
-
-    def _restore(self, state: dict) -> None:
-        load_weights(self.files.state, self.model, state["weights"])
-        load_weights(self.files.state, self.ema, state["ema"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            groups = optimizer.state_dict()["param_groups"]  # of this recipe and device
-            optimizer.load_state_dict(saved | {"param_groups": groups})
-        moments = [(value.shape, parameter.shape) for optimizer in self.optimizers
-                   for parameter, values in optimizer.state.items() for value in values.values()]
-        step, epochs = state["step"], len(state["curve"])  # complete ones
-        if any(shape not in (own, ()) for shape, own in moments) or not (
-                1 <= step <= self.total_steps and epochs == (step - 1) // self.steps_per_epoch):
-            raise CheckpointError(f"{self.files.state} does not fit: it is at step {step}, epoch "
-                                  f"{epochs}, the run has {self.total_steps} steps")
-        self.step, self.curve, self.samples = state["step"], state["curve"], state["samples"]
-        self.loss_sum.copy_(state["loss_sum"])
-        self.started -= state["seconds"]
-        self.order.set_state(state["order"])
-        if len(state["noise"]) == len(self.generator.get_state()):  # else of another device
-            self.generator.set_state(state["noise"])
 
     def batches(self, data: Digits) -> Iterator[Tensor]:
         """The indices of the batches that remain of the current epoch, in its random order."""
@@ -185,7 +185,7 @@ class Run(ExitStack):
                 labels=[f"epoch {row['epoch']}" for row in self.samples]))
 
     def _finite(self, loss: Tensor) -> float:
-        """The value of a sum with the loss. TrainingError, in every process, if it is NaN."""
+        """The value of a sum with the loss. TrainingError, in every process, if not finite."""
         value = loss.item()
         if not math.isfinite(value):
             raise TrainingError(f"the loss or a weight is {value} at step {self.step}: "

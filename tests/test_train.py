@@ -209,14 +209,6 @@ def test_weights_that_do_not_fit_are_refused_before_a_file_changes(tiny_checkpoi
     assert content(tmp_path) == before
 
 
-def test_a_state_of_before_schedules_is_refused(tiny_checkpoint, tmp_path, refused):
-    state = load_checkpoint(tiny_checkpoint.with_name("model.resume.pth"), STATE)
-    save_checkpoint(tmp_path / "model.resume.pth", {name: value for name, value in state.items()
-                                                    if name not in ("schedule", "sha256")})
-    refused(train.main, 1, "without 'schedule'", "--checkpoint", tmp_path / "model.pth", *TINY,
-            "--resume")
-
-
 def test_training_in_a_thread_leaves_signals_alone(tmp_path, train_tiny):
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(train_tiny, tmp_path).result()[0] == 0

@@ -32,7 +32,7 @@ def fused(model: DiT, frozen: bool = False) -> DiT:
     differs in an output or a gradient: an edit of dit_block.py is never replaced. On other devices
     than a CPU `model` itself. frozen: see `FusedBlocks`.
     """
-    if not isinstance(model, nn.Module) or any(p.device.type != "cpu" for p in model.parameters()):
+    if any(p.device.type != "cpu" for p in model.parameters()):
         return model
     try:
         if hooked(model):

@@ -1,7 +1,7 @@
 // A DiTBlock (dit_block.py) on a CPU, forward and backward: one image at a time, so that a core's
 // cache holds all of it.
 //
-// __init__.py compiles this for one network, and defines its sizes. Names follow dit_block.py; d_x
+// library.py compiles this for one network, and defines its sizes. Names follow dit_block.py; d_x
 // is the gradient of x. An AdaLNBlock is a DiTBlock whose gates are 1.
 
 #include <cmath>
