@@ -128,7 +128,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """The options of `generate`, and where the weights come from; evaluate.py has them too."""
     add, default = parser.add_argument, "(default: %(default)s)"
     usual = ", ".join(f"{steps} for {sampler}" for sampler, steps in STEPS.items())
-    add("--sampler", choices=tuple(STEPS), default="ddpm", help=f"DDIM: 20 times as fast {default}")
+    add("--sampler", choices=tuple(STEPS), default="ddpm", help=f"ddim needs fewer steps {default}")
     add("--steps", type=int, help=f"at most {T} (default: {usual})")
     add("--eta", type=float, default=0.0, help=f"noise of ddim; 1: as much as ddpm's {default}")
     add("--guidance", type=float, default=GUIDANCE, help=f"strength; 1 turns it off {default}")

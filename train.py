@@ -1,7 +1,7 @@
 """Train a DiT on MNIST: DDPM Algorithm 1, with an EMA of the weights. Writes model.pth.
 
     python train.py --epochs 5 --loss mse --batch-size 64 --predicts x_0      5 minutes: 99.5% right
-    python train.py                  the recipe, 500 epochs of 300, 6 hours: 99.6% (see README.md)
+    python train.py                  the defaults, 500 epochs, 6 hours: 99.6% (see README.md)
     python train.py --resume         continues after a stop
     torchrun --standalone --nproc-per-node 4 --max-restarts 3 train.py       in four processes
 """
@@ -168,7 +168,7 @@ def configure(model: str = "", **given) -> TrainConfig:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("train.py", description="Train a Diffusion Transformer.",
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--resume", action="store_true", help="continue what was stopped")
+    parser.add_argument("--resume", action="store_true", help="continue a stopped run")
     for title, settings in (("recipe", TrainConfig), ("network", ModelConfig)):
         group = parser.add_argument_group(title)
         for f in fields(settings):
