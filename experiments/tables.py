@@ -97,16 +97,13 @@ def noise_table(rows: Rows) -> str:
                     [(str(len(groups)), f"{deviation:.3f}", str(dof), f"{100 * least:.0f}%")])
 
 
-def design_table(rows: Rows) -> str:
-    """Figure 5: two designs with equal seeds, and whether the seeds explain the difference."""
-    parts = "adaLN, zero", "adaLN-Zero, gate-1", "adaLN-Zero, xavier"  # see starts.py
-    ends = {(", ".join([row["block"], *row["recipe"].split("-", 1)[1:]]), row["seed"]): row
-            for row in select(rows, model="B/4", block=None, recipe=None, n=FINAL_IMAGES)
-            if row["recipe"].startswith("muon")}
+def paired(ends: dict[tuple[str, int], dict], pairs: Iterable[tuple[str, str]]) -> str:
+    """Differences of two groups with equal seeds, and whether the seeds explain them.
+
+    ends: the row of each (group, seed).
+    """
     lines = []
-    for a, b in (("in-context", "adaLN"), ("cross-attention", "adaLN"),
-                 ("in-context", "cross-attention"), *((a, "adaLN-Zero") for a in BLOCKS[:3]),
-                 *product(parts, ("adaLN", "adaLN-Zero")), parts[:2]):
+    for a, b in pairs:
         seeds = [seed for name, seed in ends if name == a and (b, seed) in ends]
         for column, form in (("FID", "+.2f"), ("test_loss", "+.4f")):
             differences = [ends[a, seed][column] - ends[b, seed][column] for seed in seeds]
@@ -115,7 +112,27 @@ def design_table(rows: Rows) -> str:
                 lines.append((f"{a} - {b}", column.replace("_", " "),
                               ", ".join(f"{value:{form}}" for value in differences),
                               f"{statistics.mean(differences):{form}}", f"{t:.1f}", f"{p:.3f}"))
-    return markdown(("designs", "of", "by seed", "mean", "t", "p"), lines)
+    return markdown(("pair", "of", "by seed", "mean", "t", "p"), lines)
+
+
+def design_table(rows: Rows) -> str:
+    """Figure 5: pairs of designs."""
+    parts = "adaLN, zero", "adaLN-Zero, gate-1", "adaLN-Zero, xavier"  # see starts.py
+    ends = {(", ".join([row["block"], *row["recipe"].split("-", 1)[1:]]), row["seed"]): row
+            for row in select(rows, model="B/4", block=None, recipe=None, n=FINAL_IMAGES)
+            if row["recipe"].startswith("muon")}
+    return paired(ends, (("in-context", "adaLN"), ("cross-attention", "adaLN"),
+                         ("in-context", "cross-attention"),
+                         *((a, "adaLN-Zero") for a in BLOCKS[:3]),
+                         *product(parts, ("adaLN", "adaLN-Zero")), parts[:2]))
+
+
+def target_table(rows: Rows) -> str:
+    """What the output is read as: x_0 and v, each against eps."""
+    ends = {(f"{row['model']}, {row['predicts']}", row["seed"]): row
+            for row in select(rows, predicts=None, n=FINAL_IMAGES)}
+    return paired(ends, ((f"{model}, {target}", f"{model}, eps")
+                         for model in FAMILY for target in ("x_0", "v")))
 
 
 def fit_table(rows: Rows) -> str:
@@ -213,6 +230,7 @@ def all_tables(rows: Rows) -> str:
               f"Figure 10: FID by sampling steps, {CURVE_IMAGES:,} images": sampling_table,
               f"Figure 12: metrics at the end, {FINAL_IMAGES:,} images": metric_table,
               "Figure 13: test loss and FID": loss_table,
+              "Predicting x_0 or v instead of eps, at the end": target_table,
               "S/7's bound": loss_bound_table,
               f"Guidance, {CURVE_IMAGES:,} images": guidance_table,
               f"Learning rate, {CURVE_IMAGES:,} images": rate_table,
