@@ -157,7 +157,8 @@ def load_copy(folder: Path) -> str:
 
 @pytest.mark.parametrize("edits", [
     {"config.py": ("T = 1000", "T = 500")}, {"config.py": ("(1e-4, 0.02)", "(1e-4, 0.01)")},
-    {"diffusion.py": ("  # DDPM section 4\n", ".square() * 50\n")}], ids=["T", "beta", "curve"])
+    {"diffusion.py": ('device="cpu")\n', 'device="cpu").square() * 50\n')}],
+    ids=["T", "beta", "curve"])
 def test_weights_of_another_schedule_are_refused(edits, tmp_path, process):
     edited_copy(tmp_path, edits)
     assert "trained with another schedule" in process(load_copy, (tmp_path,))
