@@ -51,7 +51,7 @@ def position_table(hidden_size: int, side: int) -> Tensor:
 class PatchEmbed(nn.Module):
     """One linear map for all patches. (N, C, H, W) -> (N, L, D).
 
-    `proj`, in released checkpoints a strided convolution, is applied as the equal matrix product.
+    `proj` is a strided convolution, as in released checkpoints; it is applied as a matrix product.
     """
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):

@@ -4,7 +4,6 @@ They are in the paper's order: in-context, cross-attention, adaLN, adaLN-Zero. F
 adaLN, calls shift, scale and gate beta, gamma and alpha; here, these belong to the diffusion.
 Shapes: N images, L tokens per image (the paper's T), D the width of a token (the paper's d). y is
 the label (the paper's text says c), c the condition. LayerNorm's eps of 1e-6 is the paper's code's.
-
 """
 
 from torch import Tensor, nn

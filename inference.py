@@ -75,9 +75,9 @@ def sample_pictures(args: argparse.Namespace) -> None:
     print(f"{args.sampler}, {args.steps} steps, eta {args.eta:g}, seed {args.seed}, eps_hat = "
           f"eps(null) + {args.guidance:g} (eps(digit) - eps(null))")
     count = len(args.digits) * args.per_digit
-    require(1 <= count <= 500 and args.columns >= 1 and count * args.columns <= 20_000,
-            f"a picture holds 1 to 500 digits and 1 to 20,000 images, not {count} digits at "
-            f"{args.columns} times: see --per-digit and --columns")
+    require(1 <= count <= 1000 and args.per_digit <= 500 and 1 <= args.columns <= 20_000 // count,
+            f"a picture holds 1 to 1000 digits (500 of each) and 1 to 20,000 images, not {count} "
+            f"digits at {args.columns} times: see --per-digit and --columns")
     y = torch.tensor(args.digits).repeat_interleave(args.per_digit)
     all_times = [*reversed((diffusion.respaced(args.steps).timesteps + 1).tolist()), 0]
     times = denser_at_the_end(all_times, args.columns)  # of the picture's columns

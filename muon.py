@@ -14,7 +14,7 @@ A, B, C = 3.4445, -4.7750, 2.0315  # s -> A s + B s^3 + C s^5, five times
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """U S' V^T for U S V^T, (K, m, n), by Newton-Schulz; S' in 0.7 to 1.2, less where S is tiny."""
+    """U S' V^T for U S V^T, (K, m, n), by Newton-Schulz; S' in 0.68 to 1.2, less if S is tiny."""
     wide = matrices.shape[1] <= matrices.shape[2]
     X = matrices if wide else matrices.mT
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above 1; 0 stays 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from muon import Muon
+from muon import Muon, orthogonalized
 
 SHAPES = [(192, 64), (64, 64), (64, 256), (64, 64), (192, 64), (8, 3)]
 
@@ -55,6 +55,16 @@ def test_torchs_own_which_computes_in_bfloat16():
         matrices, lr=0.5, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     for a, b, start in zip(ours, theirs, randoms(seed=100), strict=True):
         assert (a - b).norm() < 0.03 * (a - start).norm()
+
+
+@pytest.mark.parametrize("shape", [(5, 64, 64), (3, 256, 64), (2, 64, 384), (1, 1, 7)])
+def test_singular_values_are_about_one_and_directions_stay(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    found = orthogonalized(matrices)
+    U, S, Vh = torch.linalg.svd(matrices, full_matrices=False)
+    values = (U.mT @ found @ Vh.mT).diagonal(dim1=1, dim2=2)
+    assert values[S > 0.03 * S[:, :1]].min() > 0.68 and values.max() < 1.2
+    torch.testing.assert_close(U @ torch.diag_embed(values) @ Vh, found, rtol=0, atol=1e-4)
 
 
 def test_zero_tiny_and_missing_gradients():
