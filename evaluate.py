@@ -1,4 +1,4 @@
-"""Compare generated digits with real ones: are they correct, diverse and new?
+"""Compare generated digits with real ones: are they correct, as diverse, and new?
 
     python evaluate.py --sampler ddim --guidance 1 1.25 1.5 2 --json results.json
 """
