@@ -20,8 +20,7 @@ from dit import DiT
 from runtime.files import write_atomically
 
 FORMAT = 1  # incremented when the entries of a file change, so that older code says what is wrong
-WEIGHTS = ("model_config", "ema", "step", "recipe")  # the entries that model.pth must have
-FIRST_SCHEDULE = [1000, 0.0001, 0.02, 4.03583e-05]  # of files that name none
+WEIGHTS = ("model_config", "ema", "step", "recipe", "schedule")  # what model.pth must have
 
 
 class CheckpointError(Exception):
@@ -51,7 +50,7 @@ def load_checkpoint(path: str | Path, entries: Iterable[str],
             raise ValueError("it is damaged, as its checksum says")
         if missing := [name for name in entries if name not in content]:
             raise ValueError(f"it is another kind of checkpoint, without {missing[0]!r}")
-        if schedule and (before := content.get("schedule", FIRST_SCHEDULE)) != schedule:
+        if schedule and (before := content["schedule"]) != schedule:
             raise ValueError("it was trained with another schedule than this code has: [T, first "
                              f"beta, last beta, last alpha_bar] was {before} and is {schedule}")
         return content

@@ -104,7 +104,7 @@ def test_a_sample_that_is_not_finite_is_not_shown(tmp_path, call):
     for parameter in model.parameters():
         parameter.data.fill_(1e30)  # finite, but the network overflows
     save_checkpoint(weights, {"model_config": asdict(model.config), "ema": model.state_dict(),
-                              "step": 1, "recipe": {}})
+                              "step": 1, "recipe": {}, "schedule": GaussianDiffusion().schedule})
     status, _, err = call(inference.main, "--checkpoint", weights, "--steps", 3, "--device", "cpu",
                           "--output", tmp_path / "a.png")
     assert status == 1 and "error: the network's output is not finite" in err.splitlines()[-1]
@@ -114,10 +114,11 @@ def test_a_sample_that_is_not_finite_is_not_shown(tmp_path, call):
 # The included weights
 
 def test_the_included_weights_are_what_train_py_makes():
-    """With no option at all, to the last of its epochs; and they are well trained."""
+    """With no option but --checkpoint, to the last of its epochs; and they are well trained."""
     model, info = load_model(ROOT / "model.pth")
-    recipe = info["recipe"]  # without the options that came later, which were at their defaults
-    assert TrainConfig(**recipe | {"model": ModelConfig(**recipe["model"])}) == TrainConfig()
+    of_network = ModelConfig(**info["recipe"]["model"])
+    recipe = info["recipe"] | {"model": of_network, "checkpoint": "model.pth"}
+    assert TrainConfig(**recipe) == TrainConfig()
     assert info["step"] == TrainConfig().epochs * (MNIST_IMAGES // TrainConfig().batch_size)
     diffusion = GaussianDiffusion()
     some = held_out(diffusion, load_mnist(False, ROOT / "mnist", limit=1000))
