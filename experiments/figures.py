@@ -57,7 +57,7 @@ from runtime.script import exit_status
 PARTS = {  # of adaLN-Zero, by recipe: label, colour and marker
     "muon-zero": ("adaLN, starts at zero", "#56B4E9", "<"),
     "muon-xavier": ("adaLN-Zero, starts as xavier", "#D55E00", "s"),
-    "muon-gate-1": ("adaLN-Zero, gates start at 1", "#CC79A7", "D")}
+    "muon-gate-1": ("adaLN-Zero, gates start at 1", "black", "P")}
 
 
 def figure5(rows: Rows) -> Figure:

@@ -70,9 +70,9 @@ def guidance_table(rows: Rows) -> str:
 
 
 def rate_table(rows: Rows) -> str:
-    """The networks whose learning rate was tried, after the epochs that all three rates have."""
+    """The networks whose learning rate was tried, after the epochs that all their rates have."""
     lines = [[row["model"], row["block"], row["recipe"], str(row["epoch"]), f"{row['FID']:.2f}"]
-             for model, block in (("XL/4", "adaLN-Zero"), ("B/4", "in-context"), ("B/4", "adaLN"))
+             for model, block in (("XL/4", "adaLN-Zero"), *(("B/4", block) for block in BLOCKS[:3]))
              for recipe in ("muon-0.002", "muon", "muon-0.008")
              for row in select(rows, model=model, block=block, recipe=recipe,
                                epoch=study.EPOCHS[2], seed=0)]

@@ -12,8 +12,9 @@ from experiments.rows import Rows
 from experiments.study import FINAL_IMAGES, IMPOSSIBLE, PATCHES, Network, select
 from experiments.tables import least_loss
 
-# What the output is read as; colour and marker
-TARGETS = {"eps": ("#0072B2", "o"), "v": ("#009E73", "^"), "x_0": ("#D55E00", "s")}
+TARGETS = {"eps": {"color": "#0072B2", "marker": "o"},
+           "v": {"color": "#009E73", "marker": "^", "fillstyle": "none", "zorder": 3},
+           "x_0": {"color": "#D55E00", "marker": "s"}}  # what the output is read as
 
 
 def width_per_value(row: dict) -> float:
@@ -31,10 +32,10 @@ def narrow(rows: Rows, samples: Path) -> Figure:
     grid = figure.add_gridspec(2, 3, height_ratios=(3.2, 1))
     for column, name in enumerate(("FID", "accuracy", "test_loss")):
         axes = figure.add_subplot(grid[0, column])
-        for (target, (color, marker)), patch in product(TARGETS.items(), PATCHES):
+        for (target, line), patch in product(TARGETS.items(), PATCHES):
             some = [row for row in mine if (row["predicts"], FAMILY[row["model"]].patch_size)
                     == (target, patch)]
-            curve(axes, some, width_per_value, name, color=color, marker=marker,
+            curve(axes, some, width_per_value, name, **line,
                   label=target if patch == PATCHES[0] else None)  # a line for each patch size
         if name == "test_loss":
             axes.hlines(least_loss(FAMILY[IMPOSSIBLE]), 0.5, 0.9, color="black", linestyle="--",
