@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise, product
 
-from config import FAMILY
 from experiments import study
 from experiments.rows import Rows
 from experiments.study import IMPOSSIBLE, PATCHES, select
@@ -37,22 +36,29 @@ def log_curve(rows: Rows, **wanted) -> Curve:
 
 def crossing_lines(rows: Rows) -> list[tuple[str, ...]]:
     """A table of the neighbours in size or in patch; the one of fewer flops comes first."""
-    curves = {name: curve for name in FAMILY
-              if name != IMPOSSIBLE and (curve := log_curve(rows, model=name))}
-    seeds = {name: sorted({row["seed"] for row in select(rows, model=name, epoch=None)})
-             for name in curves}
     pairs = [(f"{a}/{patch}", f"{b}/{patch}") for patch in PATCHES
              for a, b in pairwise(study.SIZES)]
     pairs += [(f"{size}/{a}", f"{size}/{b}") for size in study.SIZES for a, b in pairwise(PATCHES)]
-    lines = []
-    for small, large in (pair for pair in pairs if curves.keys() >= set(pair)):
-        x, (end, fid) = crossing(curves[small], curves[large]), curves[small][-1]
-        meet = ("not yet", "") if x is None else (f"{math.exp(x):.1e}",
-                                                  f"{math.exp(at(curves[small], x)):.1f}")
-        of_seeds = [crossing(log_curve(rows, model=small, seed=a),
-                             log_curve(rows, model=large, seed=b))
-                    for a, b in product(seeds[small], seeds[large])]
-        crossed = f"{sum(x is not None for x in of_seeds)} of {len(of_seeds)}"
-        lines.append((small, large, *meet, crossed, f"{math.exp(end):.1e}", f"{math.exp(fid):.2f}",
-                      f"{math.exp(at(curves[large], end)):.2f}"))
-    return lines
+    lines = [crossing_line(rows, *pair, recipe) for recipe in ("muon", "muon-long")
+             for pair in pairs if IMPOSSIBLE not in pair]
+    return [line for line in lines if line]
+
+
+def crossing_line(rows: Rows, small: str, large: str, recipe: str) -> tuple[str, ...]:
+    """The line of a pair, with this recipe of the smaller; () if one of them has no rows."""
+    curves = [log_curve(rows, model=small, recipe=recipe), log_curve(rows, model=large)]
+    if not all(curves):
+        return ()
+    x, (end, fid) = crossing(*curves), curves[0][-1]
+    meet = ("not yet", "") if x is None else (f"{math.exp(x):.1e}",
+                                              f"{math.exp(at(curves[0], x)):.1f}")
+
+    def of_seeds(**wanted) -> list[Curve]:
+        seeds = sorted({row["seed"] for row in select(rows, epoch=None, **wanted)})
+        return [log_curve(rows, seed=seed, **wanted) for seed in seeds]
+
+    found = [crossing(*pair) is not None for pair in
+             product(of_seeds(model=small, recipe=recipe), of_seeds(model=large))]
+    name = small if recipe == "muon" else f"{small}, 49,661 steps"
+    return (name, large, *meet, f"{sum(found)} of {len(found)}", f"{math.exp(end):.1e}",
+            f"{math.exp(fid):.2f}", f"{math.exp(at(curves[1], end)):.2f}")

@@ -14,6 +14,7 @@ from experiments.drawing import (
     COLORS,
     FONT,
     MARKERS,
+    curve,
     curves,
     finish,
     found,
@@ -31,6 +32,7 @@ from experiments.study import (
     CURVE_IMAGES,
     FINAL_IMAGES,
     IMPOSSIBLE,
+    LONG,
     PATCHES,
     SIZES,
     at_the_end,
@@ -135,11 +137,17 @@ def figure8(rows: Rows) -> Figure:
 
 
 def figure9(rows: Rows) -> Figure:
-    """FID against training compute. Curves cross where a larger model overtakes a smaller one."""
+    """FID against training compute. Curves cross where a larger model overtakes a smaller one.
+
+    Thin lines: single runs of 49,661 steps.
+    """
     mine = found(select(rows, epoch=None))
     figure = new_figure(8, 4.6)
     axes = figure.subplots()
     curves(axes, mine, training_compute)
+    for name in LONG:
+        curve(axes, select(rows, model=name, epoch=None, recipe="muon-long"), training_compute,
+              **style(name), alpha=0.5)
     real_line(axes, rows, CURVE_IMAGES)
     finish(axes, xlabel="training compute (multiply-adds)", xscale="log")
     return legend_outside(figure)

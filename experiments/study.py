@@ -19,7 +19,7 @@ TABLE = Path(__file__).with_name("results") / "runs.csv"
 RECIPE = TrainConfig(batch_size=64, loss="mse", min_snr=0.3, optimizer="muon", lr=0.004,
                      lr_schedule="constant", ema_decay=0.999, checkpoint_every=250)
 CHANGES = {"muon": {}, "muon-0.002": {"lr": 0.002}, "muon-0.008": {"lr": 0.008},
-           "muon-unweighted": {"min_snr": 0.0},
+           "muon-unweighted": {"min_snr": 0.0}, "muon-long": {},
            "adamw": {"optimizer": "adamw", "lr": 0.001, "min_snr": 0.0},
            **{f"adamw-{lr}": {"optimizer": "adamw", "lr": lr} for lr in (0.0005, 0.002, 0.004)},
            **{name: {} for name in STARTS}}  # what differs from RECIPE
@@ -27,6 +27,8 @@ CHANGES = {"muon": {}, "muon-0.002": {"lr": 0.002}, "muon-0.008": {"lr": 0.008},
 NOT_IN_DIGEST = {"model", "block", "predicts", "seed", "epochs", "checkpoint", "checkpoint_every",
                  "data_dir", "device", "compile"}
 EPOCHS = (1, 2, 3, 5, 8, 11)  # of 937 steps, after which a network is measured: 10,307 steps in all
+LONG_EPOCHS = (5, 11, 20, 32, 53)  # of the recipe muon-long: 49,661 steps in all
+LONG = ("B/7", "S/4", "B/4")  # what it trains
 CURVE_IMAGES, FINAL_IMAGES = 2_000, 10_000  # for a point of a curve, and at the end
 DDIM_STEPS = 50  # per image, unless the measurement varies them
 SAMPLING_STEPS = (10, 20, 50, 100, 250, 1000)  # Figure 10, up to MAX_PER_IMAGE
@@ -127,7 +129,9 @@ def everything() -> Entries:
             # Checks of the findings
             *((Network(model), [replace(setting, guidance=1.5) for setting in sampling(model)])
               for model in GUIDED),
-            *((Network(model, seed=1), curve) for model in ("S/2", "B/2"))]
+            *((Network(model, seed=1), curve) for model in ("S/2", "B/2")),
+            *((Network(model, recipe="muon-long"), [Setting(epoch) for epoch in LONG_EPOCHS])
+              for model in LONG)]
 
 
 @cache
