@@ -11,7 +11,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from config import BLOCKS, FAMILY
 from experiments.rows import REAL, Rows
-from experiments.study import PATCHES, SIZES, over_seeds
+from experiments.study import CURVE_IMAGES, PATCHES, SIZES, over_seeds
 from runtime.pictures import DPI, tidy, tile
 
 # Okabe and Ito's colours, which differ for colour-blind readers too. They serve twice: no picture
@@ -80,7 +80,7 @@ def show_digits(axes: Axes, path: Path) -> None:
     axes.imshow(tile(digits.split(5)).numpy(), cmap="gray", vmin=-1, vmax=1)
 
 
-def finish(axes: Axes, ylabel: str = "FID", **labels) -> None:
+def finish(axes: Axes, ylabel: str = f"FID, {CURVE_IMAGES:,} images", **labels) -> None:
     """Labels, ticks and grid; FID and losses on a logarithmic axis."""
     scale = "log" if ylabel.startswith(("FID", "test loss")) else "linear"
     axes.set(**{"ylabel": ylabel, "yscale": scale} | labels)

@@ -18,6 +18,7 @@ from experiments.drawing import (
     MARKERS,
     NothingToDrawError,
     curve,
+    curves,
     finish,
     found,
     legend_outside,
@@ -77,6 +78,7 @@ def figure5(rows: Rows) -> Figure:
         curve(parts, of_part, steps, color=color, marker=marker, label=label)
     for axes in (designs, parts):
         finish(axes, xlabel=STEPS_LABEL)
+        axes.label_outer()
         axes.legend(fontsize=FONT)
     return figure
 
@@ -103,10 +105,7 @@ def guidance(rows: Rows) -> Figure:
     figure = new_figure(9, 3.2)
     panels = zip(figure.subplots(1, 3), ("FID", "precision", "recall"), strict=True)
     for axes, name in panels:
-        for model, marker in zip(GUIDED, "os", strict=True):
-            of_model = [row for row in mine if row["model"] == model]
-            curve(axes, of_model, lambda row: row["guidance"], name, label=model,
-                  color=COLORS[model.split("/")[0]], marker=marker)
+        curves(axes, mine, lambda row: row["guidance"], name)
         real_line(axes, rows, CURVE_IMAGES, name)
         finish(axes, name, xlabel="guidance strength")
     return legend_outside(figure)

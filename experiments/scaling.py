@@ -129,7 +129,7 @@ def figure8(rows: Rows) -> Figure:
     real_line(ours, rows, FINAL_IMAGES)
     laws = power_law(ours, at_the_end(rows, "multiply_adds", "FID")), power_law(papers, models)
     for axes, whose, law in zip((ours, papers), ("MNIST", "the paper"), laws, strict=True):
-        finish(axes, xlabel=FLOPS_LABEL, xscale="log")
+        finish(axes, f"FID, {FINAL_IMAGES:,} images", xlabel=FLOPS_LABEL, xscale="log")
         axes.set_title(f"{whose}: {law}", fontsize=FONT)
     papers.set_ylabel("Inception FID")
     key(figure, ours.get_legend_handles_labels()[0])

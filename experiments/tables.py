@@ -137,14 +137,17 @@ def target_table(rows: Rows) -> str:
 
 def fit_table(rows: Rows) -> str:
     """Figure 8: FID = a flops^b, then FID = a flops^b parameters^c, ours and the paper's."""
-    ours = list(study.at_the_end(rows, "multiply_adds", "parameters", "FID").values())
+    ours = study.at_the_end(rows, "multiply_adds", "parameters", "FID")
     lines = []
-    for whose, models in (("ours", ours), ("the paper's", list(TABLE_4.values()))):
-        if len(models) > 4:
+    for whose, of_all in (("ours", ours), ("the paper's", TABLE_4)):
+        large = [values for name, values in of_all.items() if not name.endswith("/2")]
+        for which, models in ((whose, list(of_all.values())), (f"{whose}, no patches of 2", large)):
+            if len(models) < 5:
+                continue
             flops, parameters, fid = (logs(column) for column in zip(*models, strict=True))
             r, *interval = correlation_interval(flops, fid)
             alone, both = Line(fid, flops), Line(fid, flops, parameters)
-            lines.append((whose, str(len(models)), with_interval(r, interval),
+            lines.append((which, str(len(models)), with_interval(r, interval),
                           with_interval(alone.coefficient(1)[0], alone.interval(1)),
                           *("{:+.2f} ± {:.2f}".format(*both.coefficient(i)) for i in (1, 2)),
                           f"{statistics.correlation(parameters, fid):.2f}"))

@@ -50,6 +50,7 @@ def narrow(rows: Rows, samples: Path) -> Figure:
                                   xytext=(7, 0), textcoords="offset points", fontsize=FONT - 2)
         # Ticks at plain numbers
         axes.set_xscale("log", base=2)
+        axes.set_xlim(0.5, 30)
         finish(axes, name.replace("_", " "), xlabel="width of a token / values of a patch")
         axes.xaxis.set_major_locator(FixedLocator([0.5, 1, 2, 4, 8, 16]))
         axes.xaxis.set_major_formatter("{x:g}")
