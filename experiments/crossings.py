@@ -59,6 +59,6 @@ def crossing_line(rows: Rows, small: str, large: str, recipe: str) -> tuple[str,
 
     found = [crossing(*pair) is not None for pair in
              product(of_seeds(model=small, recipe=recipe), of_seeds(model=large))]
-    name, other = small if recipe == "muon" else f"{small}, 49,661 steps", at(curves[1], end)
+    name, other = small if recipe == "muon" else f"{small}, longer", at(curves[1], end)
     return (name, large, *meet, f"{sum(found)} of {len(found)}", f"{math.exp(end):.1e}",
             f"{math.exp(fid):.2f}", "" if math.isnan(other) else f"{math.exp(other):.2f}")

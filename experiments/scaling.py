@@ -139,7 +139,7 @@ def figure8(rows: Rows) -> Figure:
 def figure9(rows: Rows) -> Figure:
     """FID against training compute. Curves cross where a larger model overtakes a smaller one.
 
-    Pale lines: single runs of 49,661 steps.
+    Pale lines: the longer runs of muon-long.
     """
     mine = found(select(rows, epoch=None))
     figure = new_figure(8, 4.6)
